@@ -1,0 +1,1 @@
+"""Kernels over plain tensors. Know neither steering methods nor vLLM nor servers."""

@@ -1,0 +1,1 @@
+"""The commands of `headway`, one per file; each has `main(argv) -> exit code`."""

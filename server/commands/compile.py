@@ -1,0 +1,128 @@
+"""`headway compile`: the program that a request would get, without an engine.
+
+The same as POST /v1/steering/compile on a server of the same model and presets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from headway.server.commands.model import (
+    add_preset_option,
+    model_only,
+    quiet_stdout,
+    steerable_geometry,
+)
+from headway.steering import Reason, SteeringError, SteeringProgram
+
+if TYPE_CHECKING:
+    from headway.server.http.state import SteeringState
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the program as JSON, or the error as a server would answer it; 2 for an error."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with quiet_stdout():
+            body = read_request(args.request)
+            state = dry_state(args.model, args.steering_preset)
+            result = summary(compile_body(body, state))
+    except SteeringError as error:
+        from headway.server.http.errors import error_body
+
+        print(json.dumps(error_body(error), indent=2), file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"headway compile: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="headway compile",
+        description="Show what the steering of a request compiles to, without an engine. "
+        "An error is printed to stderr as a server would answer it; the exit code is then 2.",
+    )
+    parser.add_argument(
+        "request",
+        metavar="REQUEST.json",
+        help='a request body with a "steering" object; "-" reads stdin',
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the model: only its configuration is read"
+    )
+    add_preset_option(parser)
+    return parser
+
+
+def read_request(path: str) -> dict[str, Any]:
+    """The body of a request, from a file or stdin.
+
+    Raises SteeringError(E_BAD_PARAM) if it is no JSON object, OSError if it cannot be read.
+    """
+    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise SteeringError(Reason.BAD_PARAM, f"not JSON: {error}", "request") from None
+    if not isinstance(body, dict):
+        raise SteeringError(Reason.BAD_PARAM, "must be a JSON object", "request")
+    return body
+
+
+def dry_state(model: str, preset_options: Sequence[str]) -> SteeringState:
+    """The state of a server of `model`, without its engine. Raises ValueError."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from headway.server.http.presets import load_presets
+    from headway.server.http.state import SteeringState
+
+    config = model_only(EngineArgs(model=model))
+    geometry = steerable_geometry(config)
+    presets = load_presets(preset_options, geometry)
+    # Under which name the model is served is unknown: all names are, but for aliases of presets.
+    names = SimpleNamespace(
+        is_base_model=lambda name: name.rpartition(":")[2] not in presets or ":" not in name,
+        lora_requests={},
+    )
+    client: Any = None
+    return SteeringState(config, geometry, client, names, presets)
+
+
+def compile_body(body: dict[str, Any], state: SteeringState) -> SteeringProgram:
+    """The program of a request body. Raises SteeringError."""
+    from headway.server.http.carriage import take_carriages
+
+    carriages, rest = take_carriages(body)
+    model = body.get("model")
+    steering = state.resolve(
+        carriages, model if isinstance(model, str) else None, SimpleNamespace(**rest)
+    )
+    if steering is None:
+        raise SteeringError(Reason.BAD_PARAM, "the request asks for no steering")
+    return steering.program
+
+
+def summary(program: SteeringProgram) -> dict[str, Any]:
+    """The JSON form of a program, as the route answers it."""
+    from headway.server.http.steering_routes import cost_class
+
+    return {
+        "fingerprint": program.fingerprint,
+        "identity": program.is_identity,
+        "methods": [applied.as_dict() for applied in program.applied],
+        "features": sorted(program.features),
+        "cost_class": cost_class(program),
+        "warnings": list(program.warnings),
+    }

@@ -1,0 +1,100 @@
+"""`headway serve`: vLLM's server with Headway switched on.
+
+vLLM symbols relied on: `vllm.entrypoints.cli.serve.ServeSubcommand` (`subparser_init`, `validate`,
+`cmd`), `FlexibleArgumentParser`, `cli_env_setup`, `configure_logging_from_args`. The `vllm`
+command itself cannot be used: in the CPU distribution it looks for metadata of another package.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from headway.server.commands.model import (
+    PRESET_OPTION,
+    add_preset_option,
+    model_only,
+    steerable_geometry,
+)
+from headway.server.commands.plugins import VARIABLE, PluginError, allow_headway, own_plugins
+from headway.server.engine.config import KEY
+from headway.server.http.presets import load_presets
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until SIGTERM or SIGINT; both end it with exit code 0, also during the start."""
+    shut_out = allow_headway(os.environ)  # before vLLM is imported, which reads it
+    if shut_out:
+        names = ", ".join(shut_out)
+        print(f"headway serve: not loaded, name them in {VARIABLE}: {names}", file=sys.stderr)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    command = ServeSubcommand()
+    # "serve" first: vLLM's parser rewrites a deprecated `--model` only behind it.
+    args = build_parser(command).parse_args(["serve", *argv])
+    configure_logging_from_args(args)
+    try:
+        switch_on(args)
+        command.validate(args)
+        check(args)
+    except (ValueError, PluginError) as error:
+        print(f"headway serve: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        command.cmd(args)
+    except KeyboardInterrupt:  # how vLLM ends a start that is interrupted
+        return 0
+    return 0
+
+
+def build_parser(command: Any) -> Any:
+    """vLLM's parser of `serve`, with Headway's options in a group of their own."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="headway")
+    serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve.usage = f"headway serve MODEL [any option of vLLM] [{PRESET_OPTION} NAME=PATH ...]"
+    serve.description = "vLLM's OpenAI-compatible server, whose requests may steer the model."
+    serve.epilog = (
+        "headway serve --help=Headway shows the options that vLLM does not have,\n"
+        "--help=all shows all, --help=GROUP a group, --help=WORD those with a word in their name."
+    )
+    add_preset_option(serve.add_argument_group("Headway", "Steering, on top of vLLM's options."))
+    return parser
+
+
+def switch_on(args: Namespace) -> None:
+    """Enable Headway in parsed arguments (changed in place), keeping its own settings.
+
+    Raises ValueError for a front end that Headway's routes are not part of.
+    """
+    from vllm import envs
+
+    if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError("Headway steers over vLLM's Python HTTP server only")
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    settings = dict(args.additional_config or {})
+    settings.setdefault(KEY, {})
+    if not isinstance(settings[KEY], dict):
+        raise ValueError(f"--additional-config: the value of {KEY} must be an object")
+    args.additional_config = settings
+
+
+def check(args: Namespace) -> None:
+    """Find now what would else end the start when the engine is up.
+
+    Raises PluginError, or ValueError for a bad preset.
+    """
+    own_plugins()
+    if args.steering_preset:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        config = model_only(AsyncEngineArgs.from_cli_args(args))
+        load_presets(args.steering_preset, steerable_geometry(config))

@@ -1,0 +1,89 @@
+"""Seam: vLLM's V1 runner on CPU.
+
+vLLM symbols relied on: `vllm.v1.worker.cpu_worker` (`CPUWorker`, and its module global
+`CPUModelRunner`, swapped for a subclass), and of the runner `load_model`, `_update_states`,
+`_prepare_inputs`, `execute_model`, `sample_tokens`, `input_batch.req_ids`,
+`scheduler_output.scheduled_new_reqs` and `finished_req_ids`.
+
+`_prepare_inputs` is where a plan is made: the batch then holds the requests of this very step in
+their final order, new ones included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed import get_tp_group
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from headway.server.engine import attention
+from headway.server.engine.geometry import geometry_of
+from headway.server.engine.request import EXTRA_ARG
+from headway.server.engine.scheduler import FAILED_REQUESTS
+from headway.server.engine.slots import SlotTables
+from headway.server.engine.steering_state import SteeringState
+from headway.server.engine.step_plan import current
+from headway.server.engine.worker_rpc import SteeringRpc
+
+
+class SteeringCPUModelRunner(CPUModelRunner):
+    """vLLM's CPU runner, which also keeps the steered requests and plans every step."""
+
+    steering: SteeringState
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        geometry = geometry_of(self.vllm_config)
+        layers = self.model_config.get_layers_start_end_indices(self.parallel_config)
+        group = get_tp_group()
+        tables = SlotTables(
+            geometry,
+            capacity=self.scheduler_config.max_num_seqs,
+            layers=range(*layers),
+            rank=group.rank_in_group,
+            world_size=group.world_size,
+        )
+        self.steering = SteeringState(geometry, tables)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        result = super()._update_states(scheduler_output)
+        steering = self.steering
+        with steering.guard("arrival"):
+            steering.remove(scheduler_output.finished_req_ids)
+            for request in scheduler_output.scheduled_new_reqs:
+                params = request.sampling_params
+                if params is not None and params.extra_args and EXTRA_ARG in params.extra_args:
+                    steering.add(request.req_id, params.extra_args[EXTRA_ARG])
+        return result
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        with self.steering.guard("plan"):
+            current.plan = self.steering.plan_step(self.input_batch.req_ids, num_scheduled_tokens)
+        return result
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().execute_model(*args, **kwargs)
+        finally:
+            plan, current.plan = current.plan, None
+            if plan is not None:
+                with self.steering.guard("report"):
+                    self.steering.close_step(plan)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        failed = self.steering.take_failed()
+        if failed:
+            setattr(output, FAILED_REQUESTS, failed)
+        return output
+
+
+class HeadwayCPUWorker(SteeringRpc, cpu_worker.CPUWorker):
+    """vLLM's CPU worker with the steering runner."""
+
+    def init_device(self) -> None:
+        cpu_worker.CPUModelRunner = SteeringCPUModelRunner
+        attention.install()
+        super().init_device()

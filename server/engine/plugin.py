@@ -1,0 +1,72 @@
+"""The `vllm.general_plugins` entry point, called once in every vLLM process.
+
+vLLM symbols relied on: `vllm.engine.arg_utils.EngineArgs.create_engine_config`,
+`ParallelConfig.worker_cls`, `SchedulerConfig.scheduler_cls` and `get_scheduler_cls`.
+
+Without `additional_config={"headway": {...}}` an engine keeps vLLM's own worker and scheduler.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from headway.server.engine import input_processor
+from headway.server.engine.config import is_enabled, unsupported_model
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "headway.server.engine.cpu_worker.HeadwayCPUWorker",
+}
+"""vLLM's worker class -> ours, which steers."""
+
+SCHEDULERS = {
+    "vllm.v1.core.sched.scheduler.Scheduler": ("headway.server.engine.scheduler.SteeringScheduler"),
+    "vllm.v1.core.sched.async_scheduler.AsyncScheduler": (
+        "headway.server.engine.scheduler.AsyncSteeringScheduler"
+    ),
+}
+"""vLLM's scheduler class -> ours, which can end one failed request."""
+
+
+def register() -> None:
+    """Install the front-end seams; calling it again changes nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    input_processor.install()
+    original = EngineArgs.create_engine_config
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        if is_enabled(vllm_config):
+            enable(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def enable(vllm_config: Any) -> None:
+    """Make an engine configuration use Headway's worker and scheduler (changed in place).
+
+    Raises ValueError where the model, the worker or the scheduler is one Headway cannot steer.
+    """
+    reason = unsupported_model(vllm_config)
+    if reason:
+        name = vllm_config.model_config.model
+        raise ValueError(f"Headway cannot steer {name}: {reason}")
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    parallel.worker_cls = _replace(parallel.worker_cls, WORKERS, "worker")
+    base = scheduler.get_scheduler_cls()
+    name = f"{base.__module__}.{base.__qualname__}"
+    scheduler.scheduler_cls = _replace(name, SCHEDULERS, "scheduler")
+
+
+def _replace(name: str, known: dict[str, str], what: str) -> str:
+    if name in known.values():
+        return name
+    if name not in known:
+        supported = ", ".join(known)
+        raise ValueError(f"Headway cannot steer with the {what} {name}; it knows: {supported}")
+    return known[name]

@@ -1,0 +1,27 @@
+"""What the front end can ask a worker over vLLM's `collective_rpc`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SteeringRpc:
+    """Mixed into the worker; `self.model_runner.steering` is its `SteeringState`."""
+
+    model_runner: Any
+
+    def headway_pop_report(self, report_id: str) -> dict[str, Any] | None:
+        """The `EngineReport` of a request as plain values; it is forgotten by asking for it."""
+        report = self.model_runner.steering.pop_report(report_id)
+        return report and report.as_dict()
+
+    def headway_statistics(self) -> dict[str, Any]:
+        """Slots in use and free, and the histogram of steering time per step."""
+        state = self.model_runner.steering
+        return {
+            "slots": {
+                "used": state.tables.num_used,
+                "free": state.tables.capacity - state.tables.num_used,
+            },
+            "step_seconds": state.step_seconds.as_dict(),
+        }

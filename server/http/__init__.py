@@ -1,0 +1,1 @@
+"""The HTTP surface: vLLM's OpenAI routes with a `steering` field, and the steering routes."""

@@ -1,0 +1,171 @@
+"""One steered request and its answer: what was asked, what the workers did, what may be said."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import Request
+
+from headway.server.engine.report import EngineReport
+from headway.server.engine.request import SteeringRequest
+from headway.server.http import metrics
+from headway.server.http.requests import Steerable
+from headway.server.http.state import ResolvedSteering, SteeringState
+from headway.steering import Reason, SteeringError
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_HEADER = "x-headway-fingerprint"
+
+OUTCOMES = ("ok", "failed", "error", "cancelled")
+"""How a steered request ends: answered, steering failed, vLLM's own error, client gone."""
+
+DISCARD_SECONDS = 1.0
+_discards: set[asyncio.Task[Any]] = set()
+
+
+class Exchange:
+    """Follows one steered request. `open` and `close` it; ask for `complete` before answering.
+
+    body: the request, already validated; its steering is attached here unless it changes nothing.
+    """
+
+    def __init__(
+        self,
+        state: SteeringState,
+        steering: ResolvedSteering,
+        body: Steerable,
+        raw_request: Request,
+    ) -> None:
+        self.state = state
+        self.steering = steering
+        self.body = body
+        self.raw_request = raw_request
+        self.request = SteeringRequest(steering.program)
+        self.usage: Any = None  # vLLM's, where the answer has it
+        self._asked_workers = False
+        self._outcome: str | None = None
+        if not steering.program.is_identity:
+            body.carry(self.request)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every steered answer."""
+        return {FINGERPRINT_HEADER: self.steering.program.fingerprint}
+
+    @property
+    def request_id(self) -> str:
+        """The id of the response, as soon as vLLM has given it one."""
+        metadata = getattr(self.raw_request.state, "request_metadata", None)
+        return metadata.request_id if metadata else f"report {self.request.report_id}"
+
+    def open(self) -> None:
+        """Count the request as active."""
+        metrics.ACTIVE.inc()
+        metrics.STATISTICS.note_steered()
+
+    async def complete(self) -> dict[str, Any] | None:
+        """The `steering` object of a finished answer; None if the client wants none.
+
+        Raises SteeringError(E_STEERING_FAILED) unless the workers report that every position they
+        computed was edited as asked.
+        """
+        report = None
+        if not self.steering.program.is_identity:
+            report = await self._pop_report()
+            if report is None or not report.is_complete:
+                await forget_response(self.raw_request, self.request_id)
+                raise self._failure(report)
+        echo = self._echo(report)
+        self.state.reports.put(self.request_id, echo)
+        return None if self.steering.spec.report == "none" else echo
+
+    async def recorded_failure(self) -> SteeringError | None:
+        """Why steering ended the request, if that is what ended it."""
+        if self.steering.program.is_identity or not self.body.reached_engine:
+            return None
+        report = await self._pop_report()
+        return self._failure(report) if report and report.failed_stage else None
+
+    def close(self, outcome: str) -> None:
+        """Count how the request ended; only the first call counts."""
+        if self._outcome is not None:
+            return
+        self._outcome = outcome
+        metrics.ACTIVE.dec()
+        metrics.STATISTICS.note_steered()
+        prompt, output = self._tokens()
+        for method in {applied.method for applied in self.steering.program.applied}:
+            metrics.REQUESTS.labels(method=method, outcome=outcome).inc()
+            metrics.TOKENS.labels(method=method, phase="prompt").inc(prompt)
+            metrics.TOKENS.labels(method=method, phase="output").inc(output)
+        if self.body.reached_engine and not self._asked_workers:
+            # The client is gone and with it this task, but the workers still hold its report.
+            task = asyncio.ensure_future(self._discard_report())
+            _discards.add(task)
+            task.add_done_callback(_discards.discard)
+
+    async def _discard_report(self) -> None:
+        # vLLM's abort must reach the workers first, or their last step would begin a new report.
+        await asyncio.sleep(DISCARD_SECONDS)
+        await self._pop_report()
+
+    def _tokens(self) -> tuple[int, int]:
+        """Prompt and output tokens, 0 where vLLM did not get as far as counting them."""
+        metadata = getattr(self.raw_request.state, "request_metadata", None)
+        usage = self.usage or getattr(metadata, "final_usage_info", None)
+        if usage is None:
+            return 0, 0
+        if hasattr(usage, "input_tokens"):
+            return usage.input_tokens, usage.output_tokens
+        return usage.prompt_tokens, usage.completion_tokens or 0
+
+    async def _pop_report(self) -> EngineReport | None:
+        self._asked_workers = True
+        try:
+            return await self.state.client.pop_report(self.request.report_id)
+        except Exception:
+            logger.exception("no steering report for request %s", self.request_id)
+            return None
+
+    def _failure(self, report: EngineReport | None) -> SteeringError:
+        if report is not None and report.failed_stage:
+            stage, why = report.failed_stage, report.failure or "no details"
+        else:
+            metrics.UNSTEERED.inc()
+            if report is None:
+                stage, why = "report", "the workers have no report of the request"
+            else:
+                edited, computed = report.positions_edited, report.positions_computed
+                stage, why = "coverage", f"{edited} of {computed} computed positions were edited"
+        metrics.FAILURES.labels(stage=stage).inc()
+        message = f"steering failed at stage {stage}: {why} (request {self.request_id})"
+        logger.error("%s", message)
+        return SteeringError(Reason.STEERING_FAILED, message)
+
+    def _echo(self, report: EngineReport | None) -> dict[str, Any]:
+        program, spec = self.steering.program, self.steering.spec
+        echo: dict[str, Any] = {
+            "fingerprint": program.fingerprint,
+            "identity": program.is_identity,
+            "methods": [applied.as_dict() for applied in program.applied],
+            "report": spec.report,
+            "positions_edited": report.positions_edited if report else 0,
+            "warnings": list(program.warnings),
+        }
+        if spec.preset is not None:
+            echo["preset"] = spec.preset
+        if report is not None:
+            echo["positions_computed"] = report.positions_computed
+            echo["sequences"] = report.sequences
+        return echo
+
+
+async def forget_response(raw_request: Request, response_id: str) -> None:
+    """Drop a response that must not be served from vLLM's store of responses either."""
+    handler = getattr(raw_request.app.state, "openai_serving_responses", None)
+    if handler is not None:
+        async with handler.response_store_lock:
+            handler.response_store.pop(response_id, None)

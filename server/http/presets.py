@@ -1,0 +1,94 @@
+"""Named method lists given at start with `--steering-preset name=path`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from headway.steering import (
+    ModelGeometry,
+    SteeringError,
+    SteeringProgram,
+    SteeringSpec,
+    compile_spec,
+    parse_spec,
+)
+from headway.steering.schema import PresetName
+
+PRESET_KEYS = {"methods", "description"}
+_NAME: TypeAdapter[str] = TypeAdapter(PresetName)
+
+
+class PresetError(ValueError):
+    """A preset file that cannot be used; ends the start of the server."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named method list, and what it compiles to for the served model."""
+
+    name: str
+    methods: list[dict[str, Any]]
+    program: SteeringProgram
+    description: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form, for clients."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "methods": self.methods,
+            "applied": [applied.as_dict() for applied in self.program.applied],
+            "fingerprint": self.program.fingerprint,
+        }
+
+
+def load_presets(options: Iterable[str], geometry: ModelGeometry) -> dict[str, Preset]:
+    """Presets by name, from `name=path` options.
+
+    Raises PresetError that names the option and what is wrong with the name, the file or a
+    method in it.
+    """
+    presets: dict[str, Preset] = {}
+    for option in options:
+        preset = _load(option, geometry)
+        if preset.name in presets:
+            raise PresetError(f"--steering-preset: the name {preset.name} is given twice")
+        presets[preset.name] = preset
+    return presets
+
+
+def _load(option: str, geometry: ModelGeometry) -> Preset:
+    where = f"--steering-preset {option}"
+    name, separator, path = option.partition("=")
+    if not separator or not path:
+        raise PresetError(f"{where}: must be name=path")
+    try:
+        name = _NAME.validate_python(name)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValidationError:
+        pattern = "letters, digits, '.', '_' and '-', 64 at most"
+        raise PresetError(f"{where}: a name is made of {pattern}") from None
+    except (OSError, ValueError) as error:
+        raise PresetError(f"{where}: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
+        raise PresetError(f'{where}: the file must hold {{"methods": [...]}}')
+    unknown = sorted(content.keys() - PRESET_KEYS)
+    if unknown:
+        raise PresetError(
+            f"{where}: unknown key {unknown[0]!r}; the keys are: methods, description"
+        )
+    description = content.get("description")
+    if description is not None and not isinstance(description, str):
+        raise PresetError(f"{where}: description must be a string")
+    try:
+        spec: SteeringSpec = parse_spec({"methods": content["methods"]}, name)
+        program = compile_spec(spec, geometry, param=name)
+    except SteeringError as error:
+        raise PresetError(f"{where}: {error}") from None
+    return Preset(name, content["methods"], program, description)

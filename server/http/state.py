@@ -1,0 +1,116 @@
+"""What the steering routes share: the model's sizes, the presets, the engine, past reports."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+from headway.server.engine.client import SteeringClient
+from headway.server.engine.config import unsupported_request
+from headway.server.http.carriage import Carriage, single, split_alias
+from headway.server.http.presets import Preset
+from headway.steering import (
+    ModelGeometry,
+    Reason,
+    SteeringError,
+    SteeringProgram,
+    SteeringSpec,
+    compile_spec,
+)
+
+MAX_REPORTS = 1024
+"""Finished reports kept for GET /v1/steering/reports/{request_id}; the oldest go first."""
+
+FOREIGN_DECODING = ("use_beam_search",)
+"""Request fields that decode outside the seam that steering goes through."""
+
+
+@dataclass(frozen=True)
+class ResolvedSteering:
+    """The steering of a request, compiled; `model` is the base model it is for."""
+
+    spec: SteeringSpec
+    program: SteeringProgram
+    model: str | None
+
+
+class ReportStore:
+    """The last reports by response id."""
+
+    def __init__(self, capacity: int = MAX_REPORTS) -> None:
+        self._capacity = capacity
+        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def put(self, request_id: str, report: dict[str, Any]) -> None:
+        """Keep a report, forgetting the oldest beyond the capacity."""
+        self._reports[request_id] = report
+        self._reports.move_to_end(request_id)
+        while len(self._reports) > self._capacity:
+            self._reports.popitem(last=False)
+
+    def get(self, request_id: str) -> dict[str, Any] | None:
+        """The report of a response, None if there is none (any more)."""
+        return self._reports.get(request_id)
+
+
+@dataclass
+class SteeringState:
+    """One per API server, on `app.state.headway`."""
+
+    vllm_config: Any
+    geometry: ModelGeometry
+    client: SteeringClient
+    models: OpenAIServingModels
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    any_model: bool = False  # whether vLLM takes every model name for the model it serves
+    reports: ReportStore = field(default_factory=ReportStore)
+
+    def is_served(self, model: str) -> bool:
+        """Whether `model` is a served name: a base model or an adapter."""
+        return self.models.is_base_model(model) or model in self.models.lora_requests
+
+    def resolve(
+        self, carriages: Sequence[Carriage] | None, model: str | None, options: Any
+    ) -> ResolvedSteering | None:
+        """Compile the steering of a request; None if it asks for none.
+
+        carriages: those found in the body. model: the request's model, maybe an alias. options:
+        where the request's other fields are found as attributes.
+
+        Raises SteeringError if it cannot be carried out exactly as asked.
+        """
+        alias = split_alias(model, self.presets, self.is_served, self.any_model)
+        if not carriages and alias is None:
+            return None
+        found = list(carriages or ())
+        if alias is not None:
+            model, carriage = alias
+            found.append(carriage)
+        return self._compile(single(found), model, options)
+
+    def _compile(self, carriage: Carriage, model: str | None, options: Any) -> ResolvedSteering:
+        spec = carriage.spec()
+        presets = {name: preset.methods for name, preset in self.presets.items()}
+        program = compile_spec(spec, self.geometry, presets, carriage.param)
+        reason = unsupported_request(self.vllm_config)
+        if reason:
+            raise SteeringError(Reason.UNSUPPORTED, reason, carriage.param)
+        for name in FOREIGN_DECODING:
+            if getattr(options, name, False):
+                message = "steering together with beam search is not supported"
+                raise SteeringError(Reason.UNSUPPORTED, message, name)
+        if getattr(options, "background", False):
+            message = "a background response cannot show its steering; send it without `background`"
+            raise SteeringError(Reason.UNSUPPORTED, message, "background")
+        return ResolvedSteering(spec, program, model)
+
+
+def steering_state(request: Request) -> SteeringState:
+    """The state of the app that serves a request."""
+    state: SteeringState = request.app.state.headway
+    return state

@@ -1,0 +1,162 @@
+"""The routes under /v1/steering: what this server can do, dry runs, presets, past reports."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from headway.server.http.carriage import CARRIAGES, take_carriages
+from headway.server.http.errors import error_response
+from headway.server.http.state import MAX_REPORTS, SteeringState, steering_state
+from headway.steering import Reason, SteeringError, SteeringProgram
+from headway.steering.compile import ENGINE_FEATURES
+from headway.steering.methods.base import Method
+from headway.steering.program import Feature
+from headway.steering.registry import METHODS
+from headway.steering.schema import MAX_METHODS
+from headway.steering.validation import MAX_SPEC_BYTES
+
+COST_CLASSES = (
+    (Feature.SAMPLING_GATE, "sampling"),
+    (Feature.ATTENTION_EDIT, "attention"),
+    (Feature.RESIDUAL_EDIT, "residual"),
+    (Feature.READOUT, "readout"),
+    (Feature.HEAD_AFFINE, "affine"),
+)
+"""What a program costs is set by the dearest feature it needs, dearest first."""
+
+router = APIRouter(prefix="/v1/steering")
+
+
+@router.get("/capabilities")
+async def capabilities(raw_request: Request) -> JSONResponse:
+    """What can be asked of this server; answering at all is part of being ready."""
+    state = steering_state(raw_request)
+    geometry = state.geometry
+    return JSONResponse(
+        {
+            "headway": _version("headway"),
+            "models": [model.name for model in state.models.base_model_paths],
+            "model": {
+                "architecture": geometry.architecture,
+                "num_layers": geometry.num_layers,
+                "num_heads": geometry.num_heads,
+                "num_kv_heads": geometry.num_kv_heads,
+                "head_size": geometry.head_size,
+                "hidden_size": geometry.hidden_size,
+                "supports_images": geometry.supports_images,
+                "quantized": geometry.quantized,
+                "fingerprint": geometry.fingerprint,
+            },
+            "methods": {name: _method(method) for name, method in METHODS.items()},
+            "presets": sorted(state.presets),
+            "carriages": list(CARRIAGES),
+            "features": sorted(ENGINE_FEATURES),
+            "limits": {
+                "max_spec_bytes": MAX_SPEC_BYTES,
+                "max_methods": MAX_METHODS,
+                "slots": state.vllm_config.scheduler_config.max_num_seqs,
+                "reports": MAX_REPORTS,
+            },
+            "engine": _engine(state),
+        }
+    )
+
+
+@router.post("/compile", dependencies=[Depends(validate_json_request)])
+async def compile_request(body: dict[str, Any], raw_request: Request) -> Response:
+    """The program that a request body would get, or the error it would meet; nothing is run.
+
+    body: `{"steering": {...}}`, or a whole request for one of the steerable routes.
+    """
+    state = steering_state(raw_request)
+    carriages, rest = take_carriages(body)
+    try:
+        model = body.get("model")
+        model = model if isinstance(model, str) else None
+        steering = state.resolve(carriages, model, SimpleNamespace(**rest))
+        if steering is None:
+            message = "the request asks for no steering"
+            raise SteeringError(Reason.BAD_PARAM, message)
+    except SteeringError as error:
+        return error_response(error)
+    program = steering.program
+    return JSONResponse(
+        {
+            "fingerprint": program.fingerprint,
+            "identity": program.is_identity,
+            "methods": [applied.as_dict() for applied in program.applied],
+            "features": sorted(program.features),
+            "cost_class": cost_class(program),
+            "warnings": list(program.warnings),
+        }
+    )
+
+
+@router.get("/presets")
+async def presets(raw_request: Request) -> JSONResponse:
+    """The presets of this server, each also a model alias `<base>:<name>`."""
+    state = steering_state(raw_request)
+    return JSONResponse({"data": [preset.as_dict() for preset in state.presets.values()]})
+
+
+@router.get("/reports/{request_id}")
+async def report(request_id: str, raw_request: Request) -> JSONResponse:
+    """What steering did in a finished answer, by the id of the answer."""
+    found = steering_state(raw_request).reports.get(request_id)
+    if found is None:
+        detail = f"no report of {request_id[:80]}; this server keeps its last {MAX_REPORTS}"
+        raise HTTPException(404, detail)
+    return JSONResponse(found)
+
+
+def cost_class(program: SteeringProgram) -> str:
+    """ "none" for a program that changes nothing, else the dearest kind of edit in it."""
+    if program.is_identity:
+        return "none"
+    return next(name for feature, name in COST_CLASSES if feature in program.features)
+
+
+def _method(method: type[Method]) -> dict[str, Any]:
+    defaults = {
+        name: field.default
+        for name, field in method.model_fields.items()
+        if not field.is_required()
+    }
+    return {
+        "description": (method.__doc__ or "").strip().split("\n")[0],
+        "schema": method.model_json_schema(),
+        "defaults": defaults,
+    }
+
+
+def _engine(state: SteeringState) -> dict[str, Any]:
+    from vllm import __version__ as vllm_version
+    from vllm.platforms import current_platform
+
+    config = state.vllm_config
+    backend = config.attention_config.backend
+    return {
+        "vllm": vllm_version,
+        "device": current_platform.device_type,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "max_model_len": config.model_config.max_model_len,
+        "mode": "eager" if config.model_config.enforce_eager else "compiled",
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "block_size": config.cache_config.block_size,
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "speculative_decoding": config.speculative_config is not None,
+        "attention_backend": backend.name if backend is not None else "auto",
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"

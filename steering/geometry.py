@@ -1,0 +1,31 @@
+"""What steering needs to know about a model: its sizes, and nothing of the engine serving it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """Sizes of a decoder-only transformer, for the whole model (not one tensor-parallel rank).
+
+    Layers and heads are 0-based; heads are query heads, so under grouped-query attention a head
+    index runs to `num_heads`, not to `num_kv_heads`.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    supports_images: bool = False
+    quantized: bool = False
+    architecture: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex, 16 digits) over the sizes: two models that differ here share nothing."""
+        canonical = json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.sha256(canonical).hexdigest()[:16]

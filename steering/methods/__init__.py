@@ -1,0 +1,1 @@
+"""Steering methods, one per file."""

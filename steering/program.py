@@ -1,0 +1,183 @@
+"""A compiled steering program: what the engine does for one request, free of method names.
+
+A program says what to edit (head words, residual edits), where (query scopes, key classes), what
+to let through (sampling gate) and what to read (readouts). Methods compile to programs and
+programs compose; the engine knows programs only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from headway.steering.head_words import HeadWords
+
+FINGERPRINT_VERSION = b"headway-program-1"
+"""Part of every fingerprint; raised when the meaning of a field changes."""
+
+
+class QueryScope(StrEnum):
+    """Which query positions an edit applies to: a rule on absolute positions, never on steps."""
+
+    ALL = "all"
+    AFTER_IMAGE = "after_image"  # text after the first image: prompt and output
+    OUTPUT = "output"  # positions >= prompt length
+    FROM_LAST_PROMPT_TOKEN = "from_last_prompt_token"  # positions >= prompt length - 1
+
+
+class KeyTag(IntFlag):
+    """What a cached token is, stored with its KV slot; key classes are made of these."""
+
+    IMAGE = 1
+    SINK = 2
+    EMPHASISED = 4
+    OUTPUT = 8
+
+
+@dataclass(frozen=True)
+class KeyClass:
+    """Keys that carry all of `require` and none of `exclude`, at most `window` tokens back.
+
+    window: 1 <= query - key <= window, in tokens; 0 means any distance.
+    """
+
+    require: KeyTag = KeyTag(0)
+    exclude: KeyTag = KeyTag(0)
+    window: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """Head words over one query scope, with the key classes that their A and B fields mean."""
+
+    words: HeadWords
+    scope: QueryScope = QueryScope.ALL
+    class_a: KeyClass | None = None
+    class_b: KeyClass | None = None
+
+
+@dataclass(frozen=True)
+class ResidualEdit:
+    """h += strength * rms(h) * v at one layer, v from an artefact named by its digest."""
+
+    layer: int
+    artifact: str
+    strength: float
+    scope: QueryScope = QueryScope.FROM_LAST_PROMPT_TOKEN
+    cluster: int | None = None
+
+
+@dataclass(frozen=True)
+class SamplingGate:
+    """Refuse sampled candidates whose saliency falls short (SGRS); see METHODS for the rule."""
+
+    alpha: float
+    top_k: int
+    max_resample: int
+    window: int
+    layers: tuple[int, ...]
+
+
+class Readout(StrEnum):
+    """What a request may ask to read instead of edit."""
+
+    CLASS_MASSES = "class_masses"
+    SALIENCY = "saliency"
+
+
+class Feature(StrEnum):
+    """What a program needs from an engine; an engine states which of these it has."""
+
+    HEAD_AFFINE = "head_affine"
+    ATTENTION_EDIT = "attention_edit"
+    PARTIAL_SCOPE = "partial_scope"
+    RESIDUAL_EDIT = "residual_edit"
+    SAMPLING_GATE = "sampling_gate"
+    READOUT = "readout"
+
+
+@dataclass(frozen=True)
+class AppliedMethod:
+    """What one method of the request really does, as reported back to the client."""
+
+    method: str
+    details: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"method": self.method, **self.details}
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringProgram:
+    """Everything the engine must do for one request. Immutable; compare by `fingerprint`."""
+
+    head_edits: tuple[HeadEdit, ...] = ()
+    residual_edits: tuple[ResidualEdit, ...] = ()
+    sampling_gate: SamplingGate | None = None
+    readouts: tuple[Readout, ...] = ()
+    applied: tuple[AppliedMethod, ...] = ()
+    warnings: tuple[str, ...] = ()
+    report: str = field(default="summary")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the request is served exactly as an unsteered one."""
+        return (
+            all(edit.words.is_identity for edit in self.head_edits)
+            and not self.residual_edits
+            and self.sampling_gate is None
+            and not self.readouts
+        )
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What the engine must be able to do to run this program."""
+        needs = set()
+        for edit in self.head_edits:
+            needs.add(Feature.HEAD_AFFINE if edit.words.is_affine else Feature.ATTENTION_EDIT)
+            if edit.scope is not QueryScope.ALL:
+                needs.add(Feature.PARTIAL_SCOPE)
+        if self.residual_edits:
+            needs.add(Feature.RESIDUAL_EDIT)
+        if self.sampling_gate:
+            needs.add(Feature.SAMPLING_GATE)
+        if self.readouts:
+            needs.add(Feature.READOUT)
+        return frozenset(needs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything that shapes the request's keys, values and tokens.
+
+        Two requests that ask for the same edits in other words have the same fingerprint. What
+        is only reported (applied, warnings, report level) is left out.
+        """
+        digest = hashlib.sha256(FINGERPRINT_VERSION)
+        for edit in self.head_edits:
+            digest.update(edit.scope.encode())
+            digest.update(repr((edit.class_a, edit.class_b)).encode())
+            for array in (edit.words.table, edit.words.shifts):
+                digest.update(struct.pack("<4q", array.ndim, *_padded(array.shape)))
+                # + 0.0 turns -0.0 into 0.0: the same edit must not have two fingerprints.
+                digest.update(np.ascontiguousarray(array + np.float32(0.0)).tobytes())
+        digest.update(repr((self.residual_edits, self.sampling_gate, self.readouts)).encode())
+        return digest.hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SteeringProgram:
+        # vLLM deep-copies sampling parameters per request; a program never changes.
+        return self
+
+    def __repr__(self) -> str:
+        methods = ", ".join(applied.method for applied in self.applied)
+        return f"SteeringProgram({methods or 'identity'}, {self.fingerprint[:12]})"
+
+
+def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape, *(0,) * (3 - len(shape)))

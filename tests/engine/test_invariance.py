@@ -1,0 +1,160 @@
+"""Steering is a function of positions, never of scheduling.
+
+Each drawn schedule (chunk size, batch mates, arrival times, warm or cold prefix cache, forced
+preemptions) must give every request the tokens it gets alone in a cold engine, and its logprobs
+within 1e-4.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.engine.harness import Job, Result, affine_program, program
+from tests.engine.test_oracle import DRAWN
+
+pytestmark = pytest.mark.engine
+
+PROGRAMS = [
+    None,
+    program({"method": "vhr", "heads": [[3, 1], [4, 0], [11, 7]], "alpha": 2.0}),
+    program({"method": "head_ablation", "heads": [[10, h] for h in range(9)]}),
+    program(
+        {"method": "head_scale", "scales": [[0, 0, 0.5], [15, 2, 1.7], [29, 8, 1.4]]},
+        {"method": "vhr", "heads": [[15, 2]], "alpha": 1.2},
+    ),
+    affine_program(DRAWN[2]),
+]
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def alone(harness, conversations):
+    """(conversation, program) -> its result alone in a cold engine, computed once each."""
+    known: dict[tuple[int, int], Result] = {}
+
+    def result(conversation: int, chosen: int) -> Result:
+        key = conversation, chosen
+        if key not in known:
+            harness.forget_cache()
+            job = Job(conversations[conversation], PROGRAMS[chosen], LENGTH)
+            known[key] = harness.run([job])[0]
+        return known[key]
+
+    return result
+
+
+@pytest.fixture(scope="module")
+def conversations(oracle, prompts):
+    """Prompts longer than a KV block: a shared system prompt, some with several turns."""
+    system = {"role": "system", "content": "You are a careful assistant. " * 12}
+
+    def render(*turns: str) -> list[int]:
+        roles = ("user", "assistant")
+        messages = [system] + [
+            {"role": roles[index % 2], "content": text} for index, text in enumerate(turns)
+        ]
+        return oracle.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+
+    return [
+        prompts[9],
+        render("What is the capital of France?"),
+        render("What is the capital of Spain?"),
+        render(
+            "What is the capital of France?", "The capital of France is Paris.", "And of Italy?"
+        ),
+        render(*["Tell me about rivers. They flow from hills to the sea and carry water."] * 3),
+    ]
+
+
+schedules = st.fixed_dictionaries(
+    {
+        "jobs": st.lists(
+            st.tuples(st.integers(0, 4), st.integers(0, len(PROGRAMS) - 1)),
+            min_size=1,
+            max_size=6,
+        ),
+        "step_tokens": st.sampled_from([17, 40, 64, 150, 2048]),
+        "preempt_after": st.lists(st.integers(1, 14), max_size=3, unique=True),
+        "stagger": st.integers(0, 3),
+        "cold": st.booleans(),
+    }
+)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(schedule=schedules)
+def test_scheduling_does_not_change_the_answer(harness, alone, conversations, schedule):
+    expected = [alone(*pair) for pair in schedule["jobs"]]
+    if schedule["cold"]:
+        harness.forget_cache()
+    jobs = [
+        Job(conversations[conversation], PROGRAMS[chosen], LENGTH)
+        for conversation, chosen in schedule["jobs"]
+    ]
+    results = harness.run(
+        jobs,
+        step_tokens=schedule["step_tokens"],
+        preempt_after=schedule["preempt_after"],
+        stagger=schedule["stagger"],
+    )
+    for got, want in zip(results, expected, strict=True):
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+def test_programs_tell_apart(alone):
+    """The expected answers differ between programs, so a leak between them would be seen."""
+    for conversation in range(5):
+        results = [alone(conversation, chosen) for chosen in range(len(PROGRAMS))]
+        logprobs = {tuple(round(value, 2) for value in result.logprobs) for result in results}
+        assert len(logprobs) == len(PROGRAMS)
+
+
+def test_preemption_really_happens(harness, conversations):
+    harness.forget_cache()
+    job = Job(conversations[3], PROGRAMS[1], LENGTH)
+    harness.run([job], preempt_after=[3])
+    report = harness.runner.steering.pop_report(job.request.report_id)
+    assert report.is_complete
+    assert report.positions_computed > len(conversations[3]) + LENGTH  # some were computed twice
+
+
+@pytest.mark.parametrize("first", range(len(PROGRAMS)))
+@pytest.mark.parametrize("second", range(len(PROGRAMS)))
+def test_warm_cache_is_shared_only_within_a_program(harness, alone, conversations, first, second):
+    harness.forget_cache()
+    harness.run([Job(conversations[1], PROGRAMS[first], LENGTH)])
+    got = harness.run([Job(conversations[2], PROGRAMS[second], LENGTH)])[0]
+    want = alone(2, second)
+    assert got.tokens == want.tokens
+    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    assert (got.cached > 0) == (first == second)
+
+
+def test_a_later_turn_reuses_output_blocks(harness, conversations):
+    """Edits at all positions make output rows good prompt rows for the same program."""
+    harness.forget_cache()
+    first = Job(conversations[3], PROGRAMS[1], 40)
+    tokens = harness.run([first])[0].tokens
+    turn = first.prompt + tokens[:-1]
+    again = harness.run([Job(turn, PROGRAMS[1], 4)])[0]
+    assert again.cached >= len(first.prompt)
+    harness.forget_cache()
+    cold = harness.run([Job(turn, PROGRAMS[1], 4)])[0]
+    assert again.tokens == cold.tokens
+    assert again.logprobs == pytest.approx(cold.logprobs, abs=1e-4)
+
+
+def test_the_callers_salt_still_separates(harness, conversations):
+    harness.forget_cache()
+    for salt, shared in (("a", False), ("b", False), ("a", True), (None, False), (None, True)):
+        job = Job(conversations[1], PROGRAMS[1], 2, cache_salt=salt)
+        assert (harness.run([job])[0].cached > 0) == shared

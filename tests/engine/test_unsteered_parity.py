@@ -1,0 +1,100 @@
+"""An unsteered request on a Headway engine gives exactly what stock vLLM gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headway.server.models.smollm2 import ensure_smollm2
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+STEERED = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7], [20, 2]], "alpha": 2.0}]}
+ZERO = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7]], "alpha": 1.0}]}
+
+
+def run_offline(directory: Path, headway: bool, requests: list[dict], **engine) -> list[dict]:
+    """Run requests in a fresh process; without Headway its plugin is not even loaded."""
+    engine = {
+        "model": str(ensure_smollm2()),
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "kv_cache_memory_bytes": 1 << 29,
+        **engine,
+    }
+    if headway:
+        engine["additional_config"] = {"headway": {}}
+    target = directory / ("headway.json" if headway else "stock.json")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "offline_run.py"), str(target)],
+        input=json.dumps({"engine": engine, "requests": requests}),
+        env={**os.environ, "VLLM_PLUGINS": "headway" if headway else ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(target.read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(prompts) -> list[dict]:
+    """Every prompt greedily, then sampled with a seed."""
+    greedy = {"temperature": 0.0, "max_tokens": 16}
+    sampled = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 16}
+    return [
+        {"prompt": prompt, "steering": None, "sampling": sampling}
+        for sampling in (greedy, sampled)
+        for prompt in prompts[:12]
+    ]
+
+
+@pytest.fixture(scope="module")
+def stock(plain, tmp_path_factory) -> list[dict]:
+    return run_offline(tmp_path_factory.mktemp("stock"), False, plain)
+
+
+@pytest.fixture(scope="module")
+def mixed(plain, tmp_path_factory) -> list[dict]:
+    """The same batch on Headway, every third request steered, every third with strength zero."""
+    steering = [None, STEERED, ZERO]
+    requests = [{**request, "steering": steering[index % 3]} for index, request in enumerate(plain)]
+    return run_offline(tmp_path_factory.mktemp("mixed"), True, requests)
+
+
+@pytest.mark.parametrize("kind", [0, 2], ids=["unsteered", "zero_strength"])
+def test_requests_beside_steered_ones_equal_stock_vllm(stock, mixed, kind):
+    for index in range(kind, len(stock), 3):
+        assert mixed[index] == stock[index]  # tokens, and logprobs bit for bit
+
+
+def test_steered_neighbours_really_were_steered(stock, mixed):
+    different = [mixed[index] != stock[index] for index in range(1, len(stock), 3)]
+    assert all(different)
+
+
+def test_compiled_mode_steers_like_eager_mode(prompts, oracle, tmp_path):
+    """torch.compile keeps attention, and with it the edit, opaque: float32 against the oracle."""
+    import torch
+
+    edits = [(3, 1, 2.0, None), (11, 7, 2.0, None), (20, 2, 2.0, None)]
+    greedy = {"temperature": 0.0, "max_tokens": 5}
+    requests = [
+        {"prompt": prompt, "steering": STEERED if index % 2 else None, "sampling": greedy}
+        for index, prompt in enumerate(prompts[:6])
+    ]
+    results = run_offline(tmp_path, True, requests, dtype="float32", enforce_eager=False)
+    for index, (request, result) in enumerate(zip(requests, results, strict=True)):
+        tokens = result["tokens"]
+        sequence = request["prompt"] + tokens[:-1]
+        logits = oracle.logits(sequence, edits if index % 2 else [])[-len(tokens) :]
+        expected = torch.log_softmax(logits, -1)[range(len(tokens)), tokens].tolist()
+        assert logits.argmax(-1).tolist() == tokens
+        assert result["logprobs"] == pytest.approx(expected, abs=1e-3)

@@ -1,0 +1,189 @@
+"""Compilation: what methods mean, how they compose, when two programs are the same."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headway.steering import ModelGeometry, compile_spec, parse_spec
+from headway.steering.head_words import HeadField, HeadWords, index_shifts
+from headway.steering.program import Feature, HeadEdit, SteeringProgram
+from headway.steering.wire import decode_head_edits, encode_program
+
+pytestmark = pytest.mark.unit
+
+GEOMETRY = ModelGeometry(num_layers=4, num_heads=6, num_kv_heads=2, head_size=8, hidden_size=48)
+
+heads = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=8, unique=True
+)
+
+
+def compiled(*methods, **options):
+    return compile_spec(parse_spec({"methods": list(methods), **options}), GEOMETRY)
+
+
+def scales_of(program: SteeringProgram) -> np.ndarray:
+    """float32 [layers, heads]: the scale of every head, 1 where it is not edited."""
+    if not program.head_edits:
+        return np.ones((GEOMETRY.num_layers, GEOMETRY.num_heads), np.float32)
+    (edit,) = program.head_edits
+    return edit.words.table[..., HeadField.SCALE]
+
+
+@given(heads, st.floats(0, 10, width=32))
+def test_vhr_scales_the_chosen_heads_and_no_other(chosen, alpha):
+    scales = scales_of(
+        compiled({"method": "vhr", "heads": [list(head) for head in chosen], "alpha": alpha})
+    )
+    for layer in range(4):
+        for head in range(6):
+            expected = np.float32(alpha) if (layer, head) in chosen else 1.0
+            assert scales[layer, head] == expected
+
+
+def test_ablation_is_scale_zero():
+    scales = scales_of(compiled({"method": "head_ablation", "heads": [[3, 5]]}))
+    assert scales[3, 5] == 0
+    assert scales.sum() == 4 * 6 - 1
+
+
+def test_methods_compose_by_multiplication():
+    scales = scales_of(
+        compiled(
+            {"method": "vhr", "heads": [[0, 0], [1, 1]], "alpha": 3.0},
+            {"method": "head_scale", "scales": [[1, 1, 0.5], [2, 2, -1.0]]},
+            {"method": "head_ablation", "heads": [[2, 2]]},
+        )
+    )
+    assert scales[0, 0] == 3.0
+    assert scales[1, 1] == 1.5
+    assert scales[2, 2] == 0.0
+
+
+def test_shifts_compose_like_affine_maps():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4, 6, 8)).astype(np.float32)
+
+    def drawn() -> HeadWords:
+        words = HeadWords.identity(GEOMETRY)
+        words.table[..., HeadField.SCALE] = rng.normal(size=(4, 6))
+        shift = rng.normal(size=(4, 6, 8)).astype(np.float32)
+        shift[rng.random((4, 6)) < 0.5] = 0
+        words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift)
+        return HeadWords(words.table, shifts)
+
+    def apply(words: HeadWords, value: np.ndarray) -> np.ndarray:
+        return words.table[..., HeadField.SCALE, None] * value + words.dense_shift()
+
+    first, second = drawn(), drawn()
+    np.testing.assert_allclose(
+        apply(first.then(second), z), apply(second, apply(first, z)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_attention_edits_do_not_compose_silently():
+    words = HeadWords.identity(GEOMETRY)
+    words.table[0, 0, HeadField.GAMMA] = 0.0
+    assert not words.is_affine
+    with pytest.raises(ValueError, match="affine"):
+        words.then(HeadWords.identity(GEOMETRY))
+    assert SteeringProgram((HeadEdit(words),)).features == {Feature.ATTENTION_EDIT}
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [{"method": "vhr", "heads": [[1, 1]], "alpha": 1.0}],
+        [{"method": "head_scale", "scales": [[0, 0, 1]]}],
+        [
+            {"method": "head_scale", "scales": [[0, 0, 2.0]]},
+            {"method": "head_scale", "scales": [[0, 0, 0.5]]},
+        ],
+    ],
+)
+def test_strength_zero_is_the_identity(methods):
+    program = compiled(*methods)
+    assert program.is_identity
+    assert program.head_edits == ()
+    assert program.features == frozenset()
+    assert [applied.method for applied in program.applied] == [m["method"] for m in methods]
+
+
+def test_fingerprint_is_of_the_edit_not_of_its_wording():
+    one = compiled({"method": "vhr", "heads": [[1, 2], [0, 3]], "alpha": 2})
+    other = compiled(
+        {"method": "head_scale", "scales": [[0, 3, 2.0]]},
+        {"method": "vhr", "heads": [[1, 2]]},
+        report="none",
+    )
+    assert one.fingerprint == other.fingerprint
+    assert len(one.fingerprint) == 64
+
+
+def test_negative_zero_is_zero():
+    one = compiled({"method": "head_scale", "scales": [[0, 0, 0.0]]})
+    other = compiled({"method": "head_scale", "scales": [[0, 0, -0.0]]})
+    assert one.fingerprint == other.fingerprint
+
+
+@given(heads, heads, st.floats(0, 10, width=32), st.floats(0, 10, width=32))
+def test_fingerprints_differ_where_edits_do(first, second, alpha, beta):
+    one = compiled({"method": "vhr", "heads": [list(h) for h in first], "alpha": alpha})
+    other = compiled({"method": "vhr", "heads": [list(h) for h in second], "alpha": beta})
+    same = np.array_equal(scales_of(one), scales_of(other))
+    assert (one.fingerprint == other.fingerprint) == same
+
+
+def test_fingerprint_sees_shifts_and_scope():
+    words = HeadWords.identity(GEOMETRY)
+    words.table[0, 0, HeadField.SHIFT_INDEX] = 0
+    shifts = np.ones((1, 8), np.float32)
+    base = SteeringProgram((HeadEdit(HeadWords(words.table, shifts)),))
+    other = SteeringProgram((HeadEdit(HeadWords(words.table, 2 * shifts)),))
+    assert base.fingerprint != other.fingerprint
+    assert base.fingerprint != SteeringProgram(()).fingerprint
+
+
+@given(heads, st.floats(-100, 100, width=32))
+def test_wire_keeps_everything(chosen, scale):
+    program = compiled({"method": "head_scale", "scales": [[*head, scale] for head in chosen]})
+    wire = encode_program(program)
+    edits = decode_head_edits(wire, GEOMETRY)
+    assert SteeringProgram(edits).fingerprint == program.fingerprint == wire["fingerprint"]
+
+
+def test_wire_for_another_model_does_not_decode():
+    wire = encode_program(compiled({"method": "vhr", "heads": [[3, 5]]}))
+    small = ModelGeometry(num_layers=2, num_heads=2, num_kv_heads=2, head_size=8, hidden_size=16)
+    with pytest.raises(IndexError):
+        decode_head_edits(wire, small)
+
+
+def test_presets():
+    presets = {"strong": [{"method": "vhr", "heads": [[0, 0]], "alpha": 4.0}]}
+    spec = parse_spec({"preset": "strong"})
+    program = compile_spec(spec, GEOMETRY, presets)
+    assert program.fingerprint == compiled(*presets["strong"]).fingerprint
+
+
+def test_programs_and_specs_survive_deepcopy_unchanged():
+    spec = parse_spec({"methods": [{"method": "vhr", "heads": [[0, 0]]}]})
+    program = compile_spec(spec, GEOMETRY)
+    assert copy.deepcopy({"a": spec, "b": program}) == {"a": spec, "b": program}
+    assert copy.deepcopy(program) is program
+
+
+def test_echo_tells_what_was_applied():
+    (applied,) = compiled({"method": "vhr", "heads": [[2, 1], [0, 3]]}).applied
+    assert applied.as_dict() == {
+        "method": "vhr",
+        "alpha": 2.0,
+        "layers": [0, 2],
+        "heads": [[0, 3], [2, 1]],
+        "scope": "all",
+    }
