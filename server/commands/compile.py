@@ -20,7 +20,7 @@ from headway.server.commands.model import (
     quiet_stdout,
     steerable_geometry,
 )
-from headway.steering import Reason, SteeringError, SteeringProgram
+from headway.steering import Reason, SteeringError
 
 if TYPE_CHECKING:
     from headway.server.http.state import SteeringState
@@ -32,16 +32,18 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with quiet_stdout():
+            from headway.server.http.dry_run import compile_body, describe
+
             body = read_request(args.request)
             state = dry_state(args.model, args.steering_preset)
-            result = summary(compile_body(body, state))
+            result = describe(compile_body(state, body))
     except SteeringError as error:
         from headway.server.http.errors import error_body
 
         print(json.dumps(error_body(error), indent=2), file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        print(f"headway compile: error: {error}", file=sys.stderr)
+        print(f"headway compile: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2))
     return 0
@@ -98,31 +100,3 @@ def dry_state(model: str, preset_options: Sequence[str]) -> SteeringState:
     )
     client: Any = None
     return SteeringState(config, geometry, client, names, presets)
-
-
-def compile_body(body: dict[str, Any], state: SteeringState) -> SteeringProgram:
-    """The program of a request body. Raises SteeringError."""
-    from headway.server.http.carriage import take_carriages
-
-    carriages, rest = take_carriages(body)
-    model = body.get("model")
-    steering = state.resolve(
-        carriages, model if isinstance(model, str) else None, SimpleNamespace(**rest)
-    )
-    if steering is None:
-        raise SteeringError(Reason.BAD_PARAM, "the request asks for no steering")
-    return steering.program
-
-
-def summary(program: SteeringProgram) -> dict[str, Any]:
-    """The JSON form of a program, as the route answers it."""
-    from headway.server.http.steering_routes import cost_class
-
-    return {
-        "fingerprint": program.fingerprint,
-        "identity": program.is_identity,
-        "methods": [applied.as_dict() for applied in program.applied],
-        "features": sorted(program.features),
-        "cost_class": cost_class(program),
-        "warnings": list(program.warnings),
-    }

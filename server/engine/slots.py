@@ -63,17 +63,23 @@ class SlotTables:
             raise RuntimeError(f"all {self.capacity} steering slots are taken")
         slot = self._free[-1]
         scale = words.table[:, self.heads, HeadField.SCALE]
-        shift = words.dense_shift()[:, self.heads]
         self.scale[:, slot] = torch.from_numpy(np.ascontiguousarray(scale))
         # A layer counts as edited if any of its heads is, so that all ranks count alike.
-        here = slice(self.layers.start, self.layers.stop)
-        self.edited[slot, here] = words.edited.any(axis=1)[here]
-        self.shifted[slot, here] = (words.table[..., HeadField.SHIFT_INDEX] >= 0).any(axis=1)[here]
-        for layer in np.flatnonzero(self.shifted[slot]):
-            self._layer_shift(int(layer))
-        for layer, table in self.shift.items():
-            table[slot] = torch.from_numpy(np.ascontiguousarray(shift[layer]))
+        shifted_heads = words.table[..., HeadField.SHIFT_INDEX] >= 0
+        for flags, heads in ((self.edited, words.edited), (self.shifted, shifted_heads)):
+            for layer in self.layers:
+                flags[slot, layer] = heads[layer].any()
+        self._upload_shifts(slot, words)
         return self._free.pop()
+
+    def _upload_shifts(self, slot: int, words: HeadWords) -> None:
+        layers = np.flatnonzero(self.shifted[slot]).tolist()
+        shift = words.dense_shift() if layers else None
+        for layer in {*layers, *self.shift}:
+            table = self._layer_shift(layer)
+            table[slot] = 0
+            if shift is not None:
+                table[slot] = torch.from_numpy(np.ascontiguousarray(shift[layer, self.heads]))
 
     def release(self, slot: int) -> None:
         """Give a slot back; its rows are overwritten by the next `acquire`."""

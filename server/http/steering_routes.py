@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from types import SimpleNamespace
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from headway.server.http.carriage import CARRIAGES, take_carriages
+from headway.server.http.carriage import CARRIAGES
+from headway.server.http.dry_run import compile_body, cost_class, describe
 from headway.server.http.errors import error_response
 from headway.server.http.state import MAX_REPORTS, SteeringState, steering_state
-from headway.steering import Reason, SteeringError, SteeringProgram
+from headway.steering import SteeringError
 from headway.steering.compile import ENGINE_FEATURES
 from headway.steering.methods.base import Method
-from headway.steering.program import Feature
 from headway.steering.registry import METHODS
 from headway.steering.schema import MAX_METHODS
 from headway.steering.validation import MAX_SPEC_BYTES
 
-COST_CLASSES = (
-    (Feature.SAMPLING_GATE, "sampling"),
-    (Feature.ATTENTION_EDIT, "attention"),
-    (Feature.RESIDUAL_EDIT, "residual"),
-    (Feature.READOUT, "readout"),
-    (Feature.HEAD_AFFINE, "affine"),
-)
-"""What a program costs is set by the dearest feature it needs, dearest first."""
+__all__ = ["cost_class", "router"]
 
 router = APIRouter(prefix="/v1/steering")
 
@@ -74,28 +66,11 @@ async def compile_request(body: dict[str, Any], raw_request: Request) -> Respons
 
     body: `{"steering": {...}}`, or a whole request for one of the steerable routes.
     """
-    state = steering_state(raw_request)
-    carriages, rest = take_carriages(body)
     try:
-        model = body.get("model")
-        model = model if isinstance(model, str) else None
-        steering = state.resolve(carriages, model, SimpleNamespace(**rest))
-        if steering is None:
-            message = "the request asks for no steering"
-            raise SteeringError(Reason.BAD_PARAM, message)
+        program = compile_body(steering_state(raw_request), body)
     except SteeringError as error:
         return error_response(error)
-    program = steering.program
-    return JSONResponse(
-        {
-            "fingerprint": program.fingerprint,
-            "identity": program.is_identity,
-            "methods": [applied.as_dict() for applied in program.applied],
-            "features": sorted(program.features),
-            "cost_class": cost_class(program),
-            "warnings": list(program.warnings),
-        }
-    )
+    return JSONResponse(describe(program))
 
 
 @router.get("/presets")
@@ -113,13 +88,6 @@ async def report(request_id: str, raw_request: Request) -> JSONResponse:
         detail = f"no report of {request_id[:80]}; this server keeps its last {MAX_REPORTS}"
         raise HTTPException(404, detail)
     return JSONResponse(found)
-
-
-def cost_class(program: SteeringProgram) -> str:
-    """ "none" for a program that changes nothing, else the dearest kind of edit in it."""
-    if program.is_identity:
-        return "none"
-    return next(name for feature, name in COST_CLASSES if feature in program.features)
 
 
 def _method(method: type[Method]) -> dict[str, Any]:

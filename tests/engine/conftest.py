@@ -64,6 +64,7 @@ def harness():
         max_model_len=2048,
         max_num_batched_tokens=2048,
         max_num_seqs=32,
+        block_size=32,
         kv_cache_memory_bytes=1 << 30,
         additional_config={"headway": {}},
         seed=0,

@@ -83,7 +83,6 @@ def test_one_failing_request_of_sixteen(harness, prompts, monkeypatch, stage):
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
         if job.request is not None:
             assert harness.runner.steering.pop_report(job.request.report_id).is_complete
-    assert harness.runner.steering.tables.num_used <= 1  # freed with the next step at the latest
 
 
 def test_a_failed_request_leaves_nothing_in_the_prefix_cache(harness, prompts, monkeypatch):

@@ -11,7 +11,7 @@ from tests.engine.harness import GEOMETRY, Job, program
 
 pytestmark = pytest.mark.engine
 
-METHODS = [{"method": "vhr", "heads": [[3, 1], [11, 7]], "alpha": 2.5}]
+METHODS = [{"method": "head_ablation", "heads": [[10, head] for head in range(9)]}]
 
 
 def generate(harness, prompt, params) -> list[int]:
@@ -41,11 +41,11 @@ def test_chat_steers_too(harness):
 
 
 def test_several_sequences_of_one_request_are_all_steered(harness, prompts):
+    harness.runner.steering.reports.clear()
     params = SamplingParams(temperature=0.8, seed=3, n=3, max_tokens=6, ignore_eos=True)
     steered = sampling_params(params, {"methods": METHODS})
     (output,) = harness.llm.generate({"prompt_token_ids": prompts[2]}, steered, use_tqdm=False)
     (report,) = harness.runner.steering.reports.values()
-    harness.runner.steering.reports.clear()
     assert len(output.outputs) == report.sequences == 3
     assert report.is_complete
 

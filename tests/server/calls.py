@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from tests.server.conftest import MODEL, Server
@@ -82,3 +83,13 @@ def plain(answer: dict[str, Any]) -> str:
         return [strip(item) for item in value] if isinstance(value, list) else value
 
     return json.dumps(strip(answer))
+
+
+def wait_for(condition: Any, seconds: float = 15.0) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

@@ -35,7 +35,7 @@ FLAGS = (
     "--enable-scale-out",
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
-SERVE = (sys.executable, str(Path(__file__).with_name("launch.py")))
+SERVE = (sys.executable, "-m", "headway.server.cli", "serve")
 START_SECONDS = 180
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.calls import LOUD, QUIET, RESPONSES, bodies, events, post, text_of
+from tests.server.calls import QUIET, RESPONSES, SCALED, bodies, events, post, text_of
 from tests.server.conftest import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -40,10 +40,11 @@ def test_a_streamed_response_is_stored_with_its_steering(server: Server) -> None
 
 def test_a_conversation_may_change_its_steering(server: Server) -> None:
     first = post(server, RESPONSES, body(steering={"methods": QUIET}))
-    ask = {"input": "And then?", "previous_response_id": first["id"]}
-    steered = post(server, RESPONSES, body(steering={"methods": LOUD}, **ask))
+    ask = {"input": "Describe the village.", "previous_response_id": first["id"]}
+    ask["max_output_tokens"] = 32
+    steered = post(server, RESPONSES, body(steering={"methods": SCALED}, **ask))
     unsteered = post(server, RESPONSES, body(**ask))
-    assert steered["steering"]["methods"][0]["method"] == "vhr"
+    assert steered["steering"]["methods"][0]["method"] == "head_scale"
     assert "steering" not in unsteered
     assert text_of(steered) != text_of(unsteered)
 

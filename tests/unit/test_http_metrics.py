@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -65,3 +69,28 @@ async def test_workers_are_asked_only_after_steered_requests() -> None:
     poll.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await poll
+
+
+SEVERAL_SERVERS = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from headway.server.http import metrics
+metrics.REQUESTS.labels(method="vhr", outcome="ok").inc()
+metrics.ACTIVE.inc()
+metrics.SLOTS.labels(state="used").set(3)
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_several_api_servers_share_their_counts(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SEVERAL_SERVERS]
+    for served in (1, 2):
+        text = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        total = f'headway_requests_total{{method="vhr",outcome="ok"}} {served}.0'
+        assert total in text
+        assert 'headway_slots{state="used"} 3.0' in text
+        assert "headway_unsteered_total 0.0" in text

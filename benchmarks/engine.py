@@ -1,0 +1,95 @@
+"""The engine processes that are compared: alike in everything but Headway."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from headway.benchmarks.scenarios import Scenario
+
+SETTINGS = {
+    # One process per engine, so that every cost of a request is in the measured path.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of every engine."""
+
+
+class EngineError(RuntimeError):
+    """An engine process ended or answered nonsense."""
+
+
+class Engine:
+    """A scenario's process. Start it, wait until it is `ready`, `run` it, `close` it."""
+
+    def __init__(self, scenario: Scenario, model: Path, log: Path) -> None:
+        self.scenario = scenario
+        self.log = log
+        # An empty list lets no plugin load: the engine is vLLM alone.
+        plugins = "headway" if scenario.headway else ""
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "headway.benchmarks.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, **SETTINGS, "VLLM_PLUGINS": plugins},
+                cwd=log.parent,
+                text=True,
+            )
+        self._send({"scenario": asdict(scenario), "model": str(model)})
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until the engine is up and has served its load once; what it verified."""
+        return self._receive()
+
+    def run(self) -> dict[str, float]:
+        """Serve the load once: tokens, seconds and CPU seconds."""
+        self._send({})
+        return self._receive()
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process so far, in seconds."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._error() from None
+
+    def _receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._error()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _error(self) -> EngineError:
+        tail = self.log.read_text()[-3000:]
+        return EngineError(f"the engine {self.scenario.name} ended; the end of its log:\n{tail}")

@@ -1,0 +1,235 @@
+"""The cost of Headway in tokens/s: idle against stock vLLM, and steering against idle.
+
+    headway bench overhead --quick
+
+All engines live at the same time, each in its own process; in every round each serves its load
+once, in random order, while the others wait. Ratios are taken within rounds, so that whatever
+slows the machine for longer than a round slows both sides. See README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from headway.benchmarks.engine import SETTINGS, Engine, EngineError
+from headway.benchmarks.environment import busy_seconds, environment
+from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, Comparison, Scenario
+from headway.benchmarks.statistics import paired_ratio, spread, verdict
+
+QUICK_ROUNDS = 7
+ROUNDS = 30
+RESULTS = Path(__file__).resolve().parent / "results"
+MAX_IDLE_SHARE = 0.02
+"""Most CPU an engine may use while another is measured, as a share of one core."""
+MAX_FOREIGN_SHARE = 0.10
+"""CPU used by other processes, as a share of one core, from which on a warning is due."""
+
+
+@dataclass
+class Measurement:
+    """The runs of every scenario by name, round by round, and what disturbed them."""
+
+    runs: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    idle_share: float = 0.0
+    foreign_share: float = 0.0
+
+    def tokens_per_second(self, name: str) -> list[float]:
+        """Output tokens per second of wall-clock time, by round."""
+        return [run["tokens"] / run["seconds"] for run in self.runs[name]]
+
+    def tokens_per_cpu_second(self, name: str) -> list[float]:
+        """Output tokens per second of CPU time: blind to other processes' use of the machine."""
+        return [run["tokens"] / run["cpu_seconds"] for run in self.runs[name]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print a table and write the JSON; 1 if a bar is missed, 0 also if in doubt."""
+    args = build_parser().parse_args(argv)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    try:
+        model = args.model or default_model()
+        verified, measurement = measure(SCENARIOS, model, rounds, args.seed)
+    except (EngineError, FileNotFoundError) as error:
+        print(f"headway bench overhead: {error}", file=sys.stderr)
+        return 2
+    result = report(SCENARIOS, COMPARISONS, measurement)
+    result |= {"verified": verified, "model": model.name, "seed": args.seed}
+    output = args.output or RESULTS / f"overhead-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+    print(f"written to {output}")
+    return 1 if any(row["verdict"] == "fails" for row in result["comparisons"]) else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="headway bench overhead", description="Measure what Headway costs in tokens/s."
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, minutes")
+    parser.add_argument("--rounds", type=_rounds, help=f"number of rounds, {ROUNDS} by default")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
+    parser.add_argument("--seed", type=int, default=0, help="of the order within rounds")
+    return parser
+
+
+def default_model() -> Path:
+    """SmolLM2-135M-Instruct. Raises FileNotFoundError if its package is not installed."""
+    from headway.server.models.smollm2 import ensure_smollm2
+
+    return ensure_smollm2()
+
+
+def measure(
+    scenarios: Sequence[Scenario], model: Path, rounds: int, seed: int
+) -> tuple[dict[str, Any], Measurement]:
+    """Start an engine per scenario, warm each up and run all of them `rounds` times.
+
+    Returns what each engine verified about itself, and the runs. Raises EngineError.
+    """
+    measurement = Measurement({scenario.name: [] for scenario in scenarios})
+    order = random.Random(seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headway-bench-")))
+        engines = []
+        for scenario in scenarios:
+            engines.append(Engine(scenario, model, folder / f"{scenario.name}.log"))
+            stack.callback(engines[-1].close)
+        waiting = tqdm(engines, desc="starting engines", unit="engine", leave=False)
+        verified = {engine.scenario.name: engine.ready() for engine in waiting}
+        for engine in engines:
+            engine.run()  # the last warm-up, now that no other engine is starting
+        watch = Watch(engines)
+        for _ in tqdm(range(rounds), desc="measuring", unit="round", leave=False):
+            for engine in order.sample(engines, len(engines)):
+                measurement.runs[engine.scenario.name].append(watch.run(engine))
+        measurement.idle_share, measurement.foreign_share = watch.shares()
+    return verified, measurement
+
+
+class Watch:
+    """Runs engines one at a time and adds up the CPU time that anyone else used meanwhile."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = engines
+        self.seconds = self.idle = self.foreign = 0.0
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """One run of one engine."""
+        started = time.perf_counter()
+        before, busy = self._cpu(), busy_seconds()
+        result = engine.run()
+        after, busy = self._cpu(), busy_seconds() - busy
+        used = {name: after[name] - before[name] for name in after}
+        self.seconds += time.perf_counter() - started
+        self.idle += sum(used.values()) - used[engine.scenario.name]
+        self.foreign += max(0.0, busy - sum(used.values()))
+        return result
+
+    def shares(self) -> tuple[float, float]:
+        """CPU time of waiting engines, and of processes that are no engine, per second of run."""
+        return self.idle / self.seconds, self.foreign / self.seconds
+
+    def _cpu(self) -> dict[str, float]:
+        return {engine.scenario.name: engine.cpu_seconds() for engine in self.engines}
+
+
+def report(
+    scenarios: Sequence[Scenario], comparisons: Sequence[Comparison], measurement: Measurement
+) -> dict[str, Any]:
+    """Everything that was measured and what follows from it, as JSON values."""
+    rows = []
+    for scenario in scenarios:
+        speeds = measurement.tokens_per_second(scenario.name)
+        rows.append(
+            {
+                **asdict(scenario),
+                "tokens_per_second": sum(speeds) / len(speeds),
+                "spread": spread(speeds),
+                "runs": measurement.runs[scenario.name],
+            }
+        )
+    return {
+        "benchmark": "overhead",
+        "scenarios": rows,
+        "comparisons": [_compare(comparison, measurement) for comparison in comparisons],
+        "idle_engines_cpu_share": measurement.idle_share,
+        "foreign_cpu_share": measurement.foreign_share,
+        "warnings": _warnings(measurement),
+        "engine_settings": SETTINGS,
+        "environment": environment(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = ["", f"{'engine':<42} {'tokens/s':>9} {'spread':>8}"]
+    for row in result["scenarios"]:
+        lines.append(f"{row['name']:<42} {row['tokens_per_second']:>9.1f} {row['spread']:>8.1%}")
+    lines += ["", f"{'tokens/s, ratio':<42} {'ratio':>7} {'95 % interval':>17} {'bar':>6}  verdict"]
+    for row in result["comparisons"]:
+        interval = f"{row['low']:.3f} .. {row['high']:.3f}"
+        lines.append(
+            f"{row['name']:<42} {row['ratio']:>7.3f} {interval:>17} {row['bar']:>6.2f}"
+            f"  {row['verdict']}"
+        )
+        cpu = row["per_cpu_second"]
+        interval = f"{cpu['low']:.3f} .. {cpu['high']:.3f}"
+        lines.append(
+            f"{'  the same per second of CPU time':<42} {cpu['value']:>7.3f} {interval:>17}"
+        )
+    facts = result["environment"]
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    rounds = len(result["scenarios"][0]["runs"])
+    lines += ["", f"{rounds} rounds; {packages}; commit {facts['commit']}"]
+    lines += [f"{facts['cpu']}, {facts['usable_threads']} threads"]
+    lines += [f"warning: {warning}" for warning in result["warnings"]]
+    return "\n".join(lines)
+
+
+def _compare(comparison: Comparison, measurement: Measurement) -> dict[str, Any]:
+    names = comparison.scenario, comparison.baseline
+    ratio = paired_ratio(*map(measurement.tokens_per_second, names))
+    per_cpu_second = paired_ratio(*map(measurement.tokens_per_cpu_second, names))
+    return {
+        **asdict(comparison),
+        "ratio": ratio.value,
+        "low": ratio.low,
+        "high": ratio.high,
+        "verdict": str(verdict(ratio, comparison.bar)),
+        "per_cpu_second": asdict(per_cpu_second),
+    }
+
+
+def _warnings(measurement: Measurement) -> list[str]:
+    warnings = []
+    if measurement.idle_share > MAX_IDLE_SHARE:
+        share = f"{measurement.idle_share:.0%}"
+        warnings.append(f"waiting engines used {share} of a core while another was measured")
+    if measurement.foreign_share > MAX_FOREIGN_SHARE:
+        share = f"{measurement.foreign_share:.0%}"
+        warnings.append(f"other processes used {share} of a core during the measurement")
+    return warnings
+
+
+def _rounds(value: str) -> int:
+    rounds = int(value)
+    if rounds < 2:
+        raise argparse.ArgumentTypeError("at least 2, an interval needs them")
+    return rounds

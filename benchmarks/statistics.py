@@ -1,0 +1,63 @@
+"""Ratios of paired measurements, with intervals, and what may be concluded from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from scipy.stats import bootstrap
+
+MAX_HALF_WIDTH = 0.02
+"""An interval wider than +- this supports no verdict."""
+
+
+class Verdict(StrEnum):
+    """Whether a ratio reaches its bar."""
+
+    HOLDS = "holds"
+    FAILS = "fails"
+    UNKNOWN = "too noisy to tell"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The geometric mean of per-round ratios and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+
+def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
+    """values[i] / baseline[i] over rounds i, which share whatever disturbed round i.
+
+    The interval is scipy's bias-corrected and accelerated bootstrap over rounds. Raises
+    ValueError for fewer than two rounds or unequal numbers of them.
+    """
+    if len(values) != len(baseline) or len(values) < 2:
+        raise ValueError(f"need two rounds or more of both, got {len(values)}, {len(baseline)}")
+    logs = np.log(np.asarray(values, float) / np.asarray(baseline, float))
+    value = float(np.exp(logs.mean()))
+    if np.ptp(logs) == 0.0:  # the bootstrap of a constant has no interval
+        return Ratio(value, value, value, len(logs))
+    interval = bootstrap((logs,), np.mean, n_resamples=9999, rng=seed).confidence_interval
+    low, high = np.exp([interval.low, interval.high])
+    return Ratio(value, float(low), float(high), len(logs))
+
+
+def verdict(ratio: Ratio, bar: float) -> Verdict:
+    """Whether the whole interval lies on one side of the bar, if it is narrow enough to say."""
+    if not (ratio.high - ratio.low) / 2 <= MAX_HALF_WIDTH:  # also true of NaN
+        return Verdict.UNKNOWN
+    if ratio.low >= bar:
+        return Verdict.HOLDS
+    return Verdict.FAILS if ratio.high < bar else Verdict.UNKNOWN
+
+
+def spread(values: Sequence[float]) -> float:
+    """Coefficient of variation: the standard deviation over the mean."""
+    array = np.asarray(values, float)
+    return float(array.std(ddof=1) / array.mean()) if len(array) > 1 else 0.0
