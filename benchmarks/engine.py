@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """A scenario's process. Start it, wait until it is `ready`, `run` it, `close` it."""
+    """The process of scenarios that share one. Start it, wait until `ready`, `run`, `close`."""
 
-    def __init__(self, scenario: Scenario, model: Path, log: Path) -> None:
-        self.scenario = scenario
+    def __init__(self, scenarios: Sequence[Scenario], model: Path, log: Path) -> None:
+        self.names = [scenario.name for scenario in scenarios]
         self.log = log
         # An empty list lets no plugin load: the engine is vLLM alone.
-        plugins = "headway" if scenario.headway else ""
+        plugins = "headway" if scenarios[0].headway else ""
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "headway.benchmarks.worker"],
@@ -48,15 +49,15 @@ class Engine:
                 cwd=log.parent,
                 text=True,
             )
-        self._send({"scenario": asdict(scenario), "model": str(model)})
+        self._send({"scenarios": list(map(asdict, scenarios)), "model": str(model)})
 
     def ready(self) -> dict[str, Any]:
-        """Wait until the engine is up and has served its load once; what it verified."""
+        """Wait until the engine is up and has served each load once; what it verified of each."""
         return self._receive()
 
-    def run(self) -> dict[str, float]:
-        """Serve the load once: tokens, seconds and CPU seconds."""
-        self._send({})
+    def run(self, name: str) -> dict[str, float]:
+        """Serve the load of a scenario once: tokens, seconds and CPU seconds."""
+        self._send({"run": name})
         return self._receive()
 
     def cpu_seconds(self) -> float:
@@ -92,4 +93,6 @@ class Engine:
 
     def _error(self) -> EngineError:
         tail = self.log.read_text()[-3000:]
-        return EngineError(f"the engine {self.scenario.name} ended; the end of its log:\n{tail}")
+        return EngineError(
+            f"the engine of {', '.join(self.names)} ended; the end of its log:\n{tail}"
+        )

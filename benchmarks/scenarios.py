@@ -16,7 +16,7 @@ from headway.steering import ModelGeometry
 
 @dataclass(frozen=True)
 class Scenario:
-    """One engine under one load.
+    """One load on one engine; scenarios with the same `engine` share a process.
 
     headway: whether Headway is on in the engine. steering: key of `STEERING` for the spec of each
     request, None for unsteered ones. prompt_tokens, output_tokens: per request, the output is
@@ -31,6 +31,11 @@ class Scenario:
     output_tokens: int = 64
     dtype: str = "bfloat16"
     enforce_eager: bool = True
+
+    @property
+    def engine(self) -> tuple[bool, str, bool]:
+        """What an engine is started with: Headway or not, dtype, eager or compiled."""
+        return self.headway, self.dtype, self.enforce_eager
 
 
 @dataclass(frozen=True)

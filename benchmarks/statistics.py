@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from scipy.stats import bootstrap
 
 MAX_HALF_WIDTH = 0.02
 """An interval wider than +- this supports no verdict."""
+RESAMPLES = 9999
 
 
 class Verdict(StrEnum):
@@ -19,6 +19,7 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     FAILS = "fails"
     UNKNOWN = "too noisy to tell"
+    WIDE = "no verdict, interval wider than 0.04"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Ratio:
 def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
     """values[i] / baseline[i] over rounds i, which share whatever disturbed round i.
 
-    The interval is scipy's bias-corrected and accelerated bootstrap over rounds. Raises
-    ValueError for fewer than two rounds or unequal numbers of them.
+    The interval is a percentile bootstrap over rounds. Raises ValueError for fewer than two rounds or unequal numbers of them.
     """
     if len(values) != len(baseline) or len(values) < 2:
         raise ValueError(f"need two rounds or more of both, got {len(values)}, {len(baseline)}")
@@ -43,15 +43,15 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int =
     value = float(np.exp(logs.mean()))
     if np.ptp(logs) == 0.0:  # the bootstrap of a constant has no interval
         return Ratio(value, value, value, len(logs))
-    interval = bootstrap((logs,), np.mean, n_resamples=9999, rng=seed).confidence_interval
-    low, high = np.exp([interval.low, interval.high])
+    drawn = np.random.default_rng(seed).choice(logs, (RESAMPLES, len(logs))).mean(axis=1)
+    low, high = np.exp(np.quantile(drawn, [0.025, 0.975]))
     return Ratio(value, float(low), float(high), len(logs))
 
 
 def verdict(ratio: Ratio, bar: float) -> Verdict:
     """Whether the whole interval lies on one side of the bar, if it is narrow enough to say."""
     if not (ratio.high - ratio.low) / 2 <= MAX_HALF_WIDTH:  # also true of NaN
-        return Verdict.UNKNOWN
+        return Verdict.WIDE
     if ratio.low >= bar:
         return Verdict.HOLDS
     return Verdict.FAILS if ratio.high < bar else Verdict.UNKNOWN

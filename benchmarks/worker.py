@@ -1,7 +1,7 @@
 """An engine under load in a process of its own; started by `headway.benchmarks.engine`.
 
-Reads one JSON object a line from stdin, {"scenario": {...}, "model": ...} first and {} for every
-run after it, and answers each with one line on the stdout it was started with.
+Reads one JSON object a line from stdin, {"scenarios": [{...}], "model": ...} first and {"run":
+name of a scenario} after it, and answers each with one line on the stdout it was started with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,31 @@ import numpy as np
 from headway.benchmarks.scenarios import STEERING, Scenario
 
 
-class Load:
-    """The engine of a scenario and its requests."""
+def start(scenarios: Sequence[Scenario], model: str) -> Any:
+    """The `vllm.LLM` of scenarios that share an engine."""
+    from vllm import LLM
 
-    def __init__(self, scenario: Scenario, model: str) -> None:
-        from vllm import LLM, SamplingParams
+    first = scenarios[0]
+    return LLM(
+        model,
+        dtype=first.dtype,
+        enforce_eager=first.enforce_eager,
+        enable_prefix_caching=False,
+        max_model_len=max(each.prompt_tokens + each.output_tokens for each in scenarios) + 16,
+        max_num_seqs=max(each.num_requests for each in scenarios),
+        seed=0,
+        additional_config={"headway": {}} if first.headway else {},
+    )
+
+
+class Load:
+    """The requests of a scenario."""
+
+    def __init__(self, scenario: Scenario, llm: Any) -> None:
+        from vllm import SamplingParams
 
         self.scenario = scenario
-        self.llm: Any = LLM(
-            model,
-            dtype=scenario.dtype,
-            enforce_eager=scenario.enforce_eager,
-            enable_prefix_caching=False,
-            max_model_len=scenario.prompt_tokens + scenario.output_tokens + 16,
-            max_num_seqs=scenario.num_requests,
-            seed=0,
-            additional_config={"headway": {}} if scenario.headway else {},
-        )
+        self.llm = llm
         vocabulary = self.llm.get_tokenizer().vocab_size
         shape = (scenario.num_requests, scenario.prompt_tokens)
         tokens = np.random.default_rng(0).integers(0, vocabulary, shape)
@@ -85,7 +94,7 @@ class Load:
         return [sampling_params(self.params, spec) for spec in self.specs]
 
     def _run_reported(self) -> dict[str, Any]:
-        from headway.server.engine.client import first_report
+        from headway.server.engine.client import engine_report
         from headway.server.engine.geometry import geometry_of
         from headway.server.engine.request import SteeringRequest, attach
         from headway.steering import compile_spec, parse_spec
@@ -101,7 +110,7 @@ class Load:
         edited = 0
         for request in requests:
             answers = self.llm.collective_rpc("headway_pop_report", args=(request.report_id,))
-            report = first_report(answers)
+            report = engine_report(answers)
             if report is None or not report.is_complete:
                 raise RuntimeError(f"a request was not steered as asked: {report}")
             edited += report.positions_edited
@@ -115,10 +124,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     first = json.loads(sys.stdin.readline())
-    load = Load(Scenario(**first["scenario"]), first["model"])
-    print(json.dumps(load.verify()), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(load.run()), file=answers, flush=True)
+    scenarios = [Scenario(**scenario) for scenario in first["scenarios"]]
+    llm = start(scenarios, first["model"])
+    loads = {scenario.name: Load(scenario, llm) for scenario in scenarios}
+    verified = {name: load.verify() for name, load in loads.items()}
+    print(json.dumps(verified), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(loads[json.loads(line)["run"]].run()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

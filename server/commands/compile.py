@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from headway.server.commands.model import (
     add_preset_option,
-    model_only,
     quiet_stdout,
+    read_model,
     steerable_geometry,
 )
 from headway.steering import Reason, SteeringError
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
             from headway.server.http.dry_run import compile_body, describe
 
             body = read_request(args.request)
-            state = dry_state(args.model, args.steering_preset)
+            state = dry_state(read_model(args.model), args.steering_preset)
             result = describe(compile_body(state, body))
     except SteeringError as error:
         from headway.server.http.errors import error_body
@@ -83,14 +83,11 @@ def read_request(path: str) -> dict[str, Any]:
     return body
 
 
-def dry_state(model: str, preset_options: Sequence[str]) -> SteeringState:
-    """The state of a server of `model`, without its engine. Raises ValueError."""
-    from vllm.engine.arg_utils import EngineArgs
-
+def dry_state(config: Any, preset_options: Sequence[str]) -> SteeringState:
+    """The state of a server without its engine; config: see `model_only`. Raises ValueError."""
     from headway.server.http.presets import load_presets
     from headway.server.http.state import SteeringState
 
-    config = model_only(EngineArgs(model=model))
     geometry = steerable_geometry(config)
     presets = load_presets(preset_options, geometry)
     # Under which name the model is served is unknown: all names are, but for aliases of presets.

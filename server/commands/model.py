@@ -39,6 +39,13 @@ def model_only(engine_args: Any) -> Any:
     )
 
 
+def read_model(model: str) -> Any:
+    """`model_only` of a directory or a name. Raises ValueError if vLLM does not know the model."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return model_only(EngineArgs(model=model))
+
+
 def steerable_geometry(vllm_config: Any) -> ModelGeometry:
     """Sizes of a model that can be steered. Raises ValueError that says why it cannot."""
     reason = unsupported_model(vllm_config)

@@ -1,7 +1,13 @@
-"""The front end's view of the steering state in the workers, over vLLM's `collective_rpc`."""
+"""The front end's view of the steering state in the workers.
+
+vLLM symbols relied on: `AsyncLLM.engine_core` and its `call_utility_all_async`, with the utility
+`collective_rpc` of the engine core. `AsyncLLM.collective_rpc` would return the answer of the first
+data-parallel engine only, and a request may run on any of them.
+"""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from headway.server.engine.report import EngineReport
@@ -17,31 +23,34 @@ class SteeringClient:
         self.engine_client = engine_client
 
     async def pop_report(self, report_id: str) -> EngineReport | None:
-        """The report of a request, which the workers then forget; None if they never saw it."""
-        answers = await self.engine_client.collective_rpc("headway_pop_report", args=(report_id,))
-        return first_report(answers)
+        """The report of a request, which the workers then forget; None if they never saw it.
+
+        Sequences of one request (n > 1) may have run on several data-parallel engines.
+        """
+        engines = await self._ask("headway_pop_report", report_id)
+        reports = [report for workers in engines if (report := engine_report(workers))]
+        return reduce(EngineReport.merge, reports) if reports else None
 
     async def statistics(self) -> list[dict[str, Any]]:
         """Per-worker statistics (see `SteeringRpc.headway_statistics`)."""
-        answers = await self.engine_client.collective_rpc("headway_statistics")
-        return [answer for answer in _flatten(answers) if answer]
+        engines = await self._ask("headway_statistics")
+        return [worker for workers in engines for worker in workers]
+
+    async def _ask(self, method: str, *args: Any) -> list[list[Any]]:
+        """One list per engine with the answer of each of its workers."""
+        core = self.engine_client.engine_core
+        answers: list[list[Any]] = await core.call_utility_all_async(
+            "collective_rpc", method, None, args, None
+        )
+        return answers
 
 
-def first_report(answers: Any) -> EngineReport | None:
-    """One report from the answers of all workers.
+def engine_report(workers: list[dict[str, Any] | None]) -> EngineReport | None:
+    """One report from the answers of all workers of an engine.
 
     Tensor-parallel ranks count the same request alike, so the first answer stands for all, but
     a failure on any rank is a failure of the request.
     """
-    reports = [EngineReport(**answer) for answer in _flatten(answers) if answer]
-    if not reports:
-        return None
+    reports = [EngineReport(**answer) for answer in workers if answer]
     failed = [report for report in reports if report.failed_stage]
-    return failed[0] if failed else reports[0]
-
-
-def _flatten(answers: Any) -> list[Any]:
-    # Data-parallel engines answer with one list each.
-    return [
-        item for answer in answers for item in (answer if isinstance(answer, list) else [answer])
-    ]
+    return next(iter(failed or reports), None)

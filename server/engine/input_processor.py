@@ -2,7 +2,7 @@
 
 vLLM symbols relied on: `vllm.v1.engine.input_processor.InputProcessor.process_inputs` (every
 request passes it in the front end, returns an `EngineCoreRequest` with `sampling_params` and
-`cache_salt`).
+`cache_salt`) and `vllm.exceptions.VLLMClientError`, which vLLM passes on to the client's answer.
 
 Here a steering request becomes plain values for the workers and its prefix-cache salt is set; and
 here, behind every endpoint, a request that smuggles steering past our own routes is refused.
@@ -13,6 +13,8 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
+
 from headway.server.engine.cache_key import cache_salt
 from headway.server.engine.config import is_enabled, unsupported_request
 from headway.server.engine.geometry import geometry_of
@@ -22,6 +24,10 @@ from headway.steering.wire import encode_program
 
 CARRIAGE_KEY = "steering"
 """Key of `vllm_xargs` that our routes consume; still there, an endpoint passed it on unread."""
+
+
+class EngineRefusal(SteeringError, VLLMClientError):
+    """A SteeringError that vLLM takes for the client's fault and not for its own failure."""
 
 
 def install() -> None:
@@ -38,7 +44,10 @@ def install() -> None:
     ) -> Any:
         if not getattr(params, "extra_args", None):
             return original(self, request_id, prompt, params, *args, **kwargs)
-        steering = take_steering(params.extra_args, self.vllm_config)
+        try:
+            steering = take_steering(params.extra_args, self.vllm_config)
+        except SteeringError as error:
+            raise EngineRefusal(error.reason, error.message, error.param) from error
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if EXTRA_ARG in params.extra_args:
             carry(request, steering)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -70,6 +71,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.engine", "EngineCoreRequest", ("sampling_params", "cache_salt")),
     Seam("vllm", "SamplingParams", ("extra_args",)),
+    Seam("vllm.exceptions", "VLLMClientError"),
     # scheduler.py
     Seam(
         _SCHEDULER,
@@ -119,7 +121,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),
     # client.py
-    Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")),
+    Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args")),
 )
 
 ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -132,6 +135,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
     ("vllm.v1.request", "Request", ("self.num_computed_tokens", "self.num_in_flight_tokens")),
     (_RUNNER, "GPUModelRunner", ("self.input_batch", "self._update_states(", "_prepare_inputs(")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core",)),
     ("vllm.v1.worker.cpu_worker", "CPUWorker", ("CPUModelRunner(self.vllm_config",)),
 )
 """Instance attributes and calls, which only the source tells: (module, class, words in it)."""
@@ -186,5 +190,7 @@ def _names(value: Any) -> list[str]:
         names += getattr(value, "__dataclass_fields__", {})
         names += getattr(value, "__struct_fields__", ())
     if callable(value):
-        names += inspect.signature(value).parameters
+        # Exceptions made in C have no signature, and we ask nothing of theirs.
+        with suppress(ValueError):
+            names += inspect.signature(value).parameters
     return names

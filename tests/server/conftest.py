@@ -23,7 +23,7 @@ PRESETS = {
     },
     "loud": {"methods": [{"method": "vhr", "alpha": 3.0, "heads": [[0, 0], [5, 2], [20, 8]]}]},
 }
-MODEL = "smollm2"
+MODEL = "smollm2-135m-instruct"  # as `make serve` names it, and the examples of the README
 COLON_MODEL = "org:smollm2"
 FLAGS = (
     *("--served-model-name", MODEL, COLON_MODEL),

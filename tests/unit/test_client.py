@@ -1,0 +1,74 @@
+"""Reports gathered from the workers of several engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from headway.server.engine.client import SteeringClient
+from headway.server.engine.report import EngineReport
+
+pytestmark = pytest.mark.unit
+
+
+class Core:
+    """Stands for vLLM's client of the engine processes."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.asked = None
+
+    async def call_utility_all_async(self, *call):
+        self.asked = call
+        return self.answers
+
+
+class Engine:
+    def __init__(self, answers):
+        self.engine_core = Core(answers)
+
+
+def counts(edited: int, computed: int, stage: str | None = None) -> dict:
+    return EngineReport(1, computed, edited, stage, stage and "why").as_dict()
+
+
+async def popped(*engines) -> EngineReport | None:
+    return await SteeringClient(Engine(list(engines))).pop_report("id")
+
+
+async def test_ranks_of_one_engine_count_once():
+    assert await popped([counts(5, 5), counts(5, 5)]) == EngineReport(1, 5, 5)
+
+
+async def test_engines_add_up():
+    report = await popped([counts(5, 5)], [None], [counts(7, 7)])
+    assert report == EngineReport(2, 12, 12)
+    assert report.is_complete
+
+
+async def test_a_failure_on_any_rank_or_engine_counts():
+    report = await popped([counts(5, 5), counts(4, 5, "edit")], [counts(7, 7)])
+    assert report.failed_stage == "edit"
+    assert not report.is_complete
+
+
+async def test_nobody_saw_the_request():
+    assert await popped([None, None], [None]) is None
+
+
+async def test_the_call_is_the_engine_cores_collective_rpc():
+    engine = Engine([[None]])
+    await SteeringClient(engine).pop_report("id")
+    assert engine.engine_core.asked == ("collective_rpc", "headway_pop_report", None, ("id",), None)
+
+
+@pytest.mark.parametrize(
+    ("report", "complete"),
+    [
+        (EngineReport(1, 0, 0), False),
+        (EngineReport(1, 5, 4), False),
+        (EngineReport(1, 5, 5), True),
+        (EngineReport(1, 5, 5, "edit", "why"), False),
+    ],
+)
+def test_complete_means_every_position(report, complete):
+    assert report.is_complete is complete
