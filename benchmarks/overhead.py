@@ -3,8 +3,8 @@
     headway bench overhead --quick
 
 Both engines live at the same time, each in its own process; in every round each load is served
-once, in random order, while the other engine waits. Ratios are taken within rounds, so that whatever
-slows the machine for longer than a round slows both sides. See README.md here.
+once, in random order, while the other engine waits. Ratios are taken within rounds, so that
+whatever slows the machine for longer than a round slows both sides. See README.md here.
 """
 
 from __future__ import annotations
@@ -211,9 +211,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _compare(comparison: Comparison, measurement: Measurement) -> dict[str, Any]:
-    names = comparison.scenario, comparison.baseline
-    ratio = paired_ratio(*map(measurement.tokens_per_second, names))
-    per_cpu_second = paired_ratio(*map(measurement.tokens_per_cpu_second, names))
+    name, baseline = comparison.scenario, comparison.baseline
+    speed, cpu_speed = measurement.tokens_per_second, measurement.tokens_per_cpu_second
+    ratio = paired_ratio(speed(name), speed(baseline))
+    per_cpu_second = paired_ratio(cpu_speed(name), cpu_speed(baseline))
     return {
         **asdict(comparison),
         "ratio": ratio.value,

@@ -35,7 +35,8 @@ class Ratio:
 def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
     """values[i] / baseline[i] over rounds i, which share whatever disturbed round i.
 
-    The interval is a percentile bootstrap over rounds. Raises ValueError for fewer than two rounds or unequal numbers of them.
+    The interval is a percentile bootstrap over rounds. Raises ValueError for fewer than two
+    rounds or unequal numbers of them.
     """
     if len(values) != len(baseline) or len(values) < 2:
         raise ValueError(f"need two rounds or more of both, got {len(values)}, {len(baseline)}")
