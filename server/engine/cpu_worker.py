@@ -84,6 +84,9 @@ class HeadwayCPUWorker(SteeringRpc, cpu_worker.CPUWorker):
     """vLLM's CPU worker with the steering runner."""
 
     def init_device(self) -> None:
+        """Build vLLM's device and runner, the runner being ours."""
+        if self.use_v2_model_runner:
+            raise RuntimeError("Headway steers on vLLM's V1 model runner only, V2 was selected")
         cpu_worker.CPUModelRunner = SteeringCPUModelRunner
         attention.install()
         super().init_device()

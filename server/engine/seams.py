@@ -136,7 +136,11 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.request", "Request", ("self.num_computed_tokens", "self.num_in_flight_tokens")),
     (_RUNNER, "GPUModelRunner", ("self.input_batch", "self._update_states(", "_prepare_inputs(")),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core",)),
-    ("vllm.v1.worker.cpu_worker", "CPUWorker", ("CPUModelRunner(self.vllm_config",)),
+    (
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker",
+        ("CPUModelRunner(self.vllm_config", "self.use_v2_model_runner"),
+    ),
 )
 """Instance attributes and calls, which only the source tells: (module, class, words in it)."""
 

@@ -1,0 +1,108 @@
+"""What switching Headway on changes in an engine's configuration, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from headway.server.engine import plugin
+from headway.server.engine.cache_key import cache_salt
+from headway.server.engine.config import is_enabled, unsupported_request
+from headway.steering import ModelGeometry, compile_spec, parse_spec
+from headway.steering.program import HeadEdit, QueryScope, SteeringProgram
+
+pytestmark = pytest.mark.unit
+
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def scheduler_class(name: str) -> type:
+    module, _, qualname = name.rpartition(".")
+    return type(qualname, (), {"__module__": module})
+
+
+def configuration(worker=CPU_WORKER, scheduler="vllm.v1.core.sched.scheduler.Scheduler", **model):
+    described = {
+        "model": "the-model",
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "is_attention_free": False,
+        "is_hybrid": False,
+        "use_mla": False,
+        "model_arch_config": SimpleNamespace(),
+        **model,
+    }
+    return SimpleNamespace(
+        additional_config={"headway": {}},
+        model_config=SimpleNamespace(**described),
+        parallel_config=SimpleNamespace(worker_cls=worker, decode_context_parallel_size=1),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=None, get_scheduler_cls=lambda: scheduler_class(scheduler)
+        ),
+        speculative_config=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [
+        ("scheduler.Scheduler", "SteeringScheduler"),
+        ("async_scheduler.AsyncScheduler", "AsyncSteeringScheduler"),
+    ],
+)
+def test_worker_and_scheduler_are_replaced(stock, ours):
+    config = configuration(scheduler=f"vllm.v1.core.sched.{stock}")
+    plugin.enable(config)
+    assert config.parallel_config.worker_cls.endswith("HeadwayCPUWorker")
+    assert config.scheduler_config.scheduler_cls.endswith(f".{ours}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"worker": "vllm.v1.worker.gpu_worker.Worker"}, "worker vllm.v1.worker.gpu_worker"),
+        ({"scheduler": "mine.Scheduler"}, "scheduler mine.Scheduler"),
+        ({"runner_type": "pooling"}, "pooling"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"is_hybrid": True}, "other than attention"),
+        ({"is_attention_free": True}, "other than attention"),
+        ({"use_mla": True}, "latent attention"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused_at_start(changes, words):
+    with pytest.raises(ValueError, match=words):
+        plugin.enable(configuration(**changes))
+
+
+@pytest.mark.parametrize("extra", [{}, {"headway": None}, {"headway": True}, {"other": {}}, None])
+def test_inert_unless_switched_on(extra):
+    assert not is_enabled(SimpleNamespace(additional_config=extra))
+
+
+def test_engines_whose_requests_cannot_be_steered():
+    config = configuration()
+    assert unsupported_request(config) is None
+    config.speculative_config = object()
+    assert "speculative" in unsupported_request(config)
+
+
+GEOMETRY = ModelGeometry(num_layers=4, num_heads=6, num_kv_heads=2, head_size=8, hidden_size=48)
+
+
+def vhr(alpha: float) -> SteeringProgram:
+    spec = {"methods": [{"method": "vhr", "heads": [[0, 0]], "alpha": alpha}]}
+    return compile_spec(parse_spec(spec), GEOMETRY)
+
+
+def test_salts_separate_callers_and_programs():
+    salts = {cache_salt(caller, vhr(alpha)) for caller in (None, "", "a") for alpha in (2.0, 3.0)}
+    assert len(salts) == 6
+    assert cache_salt("a", vhr(2.0)) == cache_salt("a", vhr(2.0))
+
+
+def test_a_partial_scope_has_no_salt_yet():
+    (edit,) = vhr(2.0).head_edits
+    partial = SteeringProgram((HeadEdit(edit.words, QueryScope.OUTPUT),))
+    with pytest.raises(ValueError, match="prompt length"):
+        cache_salt(None, partial)
