@@ -23,6 +23,8 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Set by hand, or vLLM would decide it by what else it finds in the process.
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
 """Environment of every engine."""
 

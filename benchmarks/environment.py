@@ -29,6 +29,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def has_native_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; else float32 is many times faster."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def busy_seconds() -> float:
     """CPU seconds that all processes of the machine have used since it started."""
     times = psutil.cpu_times()

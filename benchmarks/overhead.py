@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from typing import Any
 from tqdm import tqdm
 
 from headway.benchmarks.engine import SETTINGS, Engine, EngineError
-from headway.benchmarks.environment import busy_seconds, environment
+from headway.benchmarks.environment import busy_seconds, environment, has_native_bfloat16
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, Comparison, Scenario
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
 QUICK_ROUNDS = 7
+QUICK_PROMPT_TOKENS = 64
+"""Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
 RESULTS = Path(__file__).resolve().parent / "results"
 MAX_IDLE_SHARE = 0.02
@@ -61,11 +63,12 @@ def main(argv: Sequence[str]) -> int:
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     try:
         model = args.model or default_model()
-        verified, measurement = measure(SCENARIOS, model, rounds, args.seed)
+        scenarios = sized(SCENARIOS, args.dtype, QUICK_PROMPT_TOKENS if args.quick else None)
+        verified, measurement = measure(scenarios, model, rounds, args.seed)
     except (EngineError, OSError) as error:
         print(f"headway bench overhead: error: {error}", file=sys.stderr)
         return 1
-    result = report(SCENARIOS, COMPARISONS, measurement)
+    result = report(scenarios, COMPARISONS, measurement)
     result |= {"verified": verified, "model": model.name, "seed": args.seed}
     output = args.output or RESULTS / f"overhead-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +83,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headway bench overhead", description="Measure what Headway costs in tokens/s."
     )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, short prompts"
+    )
     parser.add_argument("--rounds", type=_rounds, help=f"number of rounds, {ROUNDS} by default")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16" if has_native_bfloat16() else "float32",
+        help="%(default)s on this processor",
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
     parser.add_argument("--seed", type=int, default=0, help="of the order within rounds")
     return parser
+
+
+def sized(
+    scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int | None
+) -> tuple[Scenario, ...]:
+    """The scenarios in another dtype, and with prompts of another length if one is given."""
+    length = {} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}
+    return tuple(replace(scenario, dtype=dtype, **length) for scenario in scenarios)
 
 
 def default_model() -> Path:

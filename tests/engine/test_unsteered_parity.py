@@ -47,12 +47,12 @@ def run_offline(directory: Path, headway: bool, requests: list[dict], **engine) 
 @pytest.fixture(scope="module")
 def plain(prompts) -> list[dict]:
     """Every prompt greedily, then sampled with a seed."""
-    greedy = {"temperature": 0.0, "max_tokens": 16}
-    sampled = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 16}
+    greedy = {"temperature": 0.0, "max_tokens": 8}
+    sampled = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 8}
     return [
         {"prompt": prompt, "steering": None, "sampling": sampling}
         for sampling in (greedy, sampled)
-        for prompt in prompts[:12]
+        for prompt in prompts[:6]
     ]
 
 
