@@ -103,8 +103,10 @@ def sized(
     scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int | None
 ) -> tuple[Scenario, ...]:
     """The scenarios in another dtype, and with prompts of another length if one is given."""
-    length = {} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}
-    return tuple(replace(scenario, dtype=dtype, **length) for scenario in scenarios)
+    return tuple(
+        replace(scenario, dtype=dtype, prompt_tokens=prompt_tokens or scenario.prompt_tokens)
+        for scenario in scenarios
+    )
 
 
 def default_model() -> Path:
