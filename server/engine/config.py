@@ -1,6 +1,7 @@
 """Whether Headway is on for an engine: `additional_config={"headway": {...}}`.
 
-vLLM symbols relied on: `VllmConfig.additional_config`, `ModelConfig` predicates.
+vLLM symbols relied on: `VllmConfig.additional_config`, `ModelConfig` predicates,
+`ModelArchitectureConfig.per_layer_overrides`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ def unsupported_model(vllm_config: Any) -> str | None:
         return "models with layers other than attention are not supported"
     if model.use_mla:
         return "multi-head latent attention is not supported"
-    if getattr(model.model_arch_config, "is_heterogeneous", False):
-        return "models whose layers differ in their number of heads are not supported"
+    varying = {
+        name for layer in model.model_arch_config.per_layer_overrides or () for name in layer
+    }
+    if varying & {"total_num_attention_heads", "head_size"}:
+        return "models whose layers differ in their heads are not supported"
     return None
 
 

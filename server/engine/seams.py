@@ -62,7 +62,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.config", "ModelConfig.is_attention_free"),
     Seam("vllm.config", "ModelConfig.is_hybrid"),
     Seam("vllm.config", "ModelConfig.use_mla"),
-    Seam("vllm.config.model_arch", "ModelArchitectureConfig", ("total_num_attention_heads",)),
+    Seam(
+        "vllm.config.model_arch",
+        "ModelArchitectureConfig",
+        ("total_num_attention_heads", "head_size", "per_layer_overrides"),
+    ),
     # input_processor.py, request.py
     Seam(
         "vllm.v1.engine.input_processor",

@@ -30,7 +30,7 @@ def configuration(worker=CPU_WORKER, scheduler="vllm.v1.core.sched.scheduler.Sch
         "is_attention_free": False,
         "is_hybrid": False,
         "use_mla": False,
-        "model_arch_config": SimpleNamespace(),
+        "model_arch_config": SimpleNamespace(per_layer_overrides=None),
         **model,
     }
     return SimpleNamespace(
@@ -68,6 +68,10 @@ def test_worker_and_scheduler_are_replaced(stock, ours):
         ({"is_hybrid": True}, "other than attention"),
         ({"is_attention_free": True}, "other than attention"),
         ({"use_mla": True}, "latent attention"),
+        (
+            {"model_arch_config": SimpleNamespace(per_layer_overrides=[{}, {"head_size": 64}])},
+            "differ in their heads",
+        ),
     ],
 )
 def test_what_cannot_be_steered_is_refused_at_start(changes, words):
