@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from headway.server.setup import torch_companions_hook
@@ -59,15 +60,18 @@ def repair(site_packages: Path | None = None, python: str = sys.executable) -> s
 
 def failures(python: str, prelude: str = "") -> dict[str, str]:
     """The last line of the error of each package whose import fails; one not installed is fine."""
-    found = {}
-    for package, check in CHECKS.items():
+
+    def error_of(package: str) -> str | None:
         # -P keeps the current directory, perhaps a checkout with its `kernels`, off sys.path.
-        command = [python, "-P", "-c", prelude + check]
+        command = [python, "-P", "-c", prelude + CHECKS[package]]
         done = subprocess.run(command, capture_output=True, text=True)
         error = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode != 0 and error != f"ModuleNotFoundError: No module named '{package}'":
-            found[package] = error
-    return found
+        missing = error == f"ModuleNotFoundError: No module named '{package}'"
+        return None if done.returncode == 0 or missing else error
+
+    with ThreadPoolExecutor() as pool:
+        errors = zip(CHECKS, pool.map(error_of, CHECKS), strict=True)
+        return {package: error for package, error in errors if error is not None}
 
 
 def describe(broken: dict[str, str]) -> str:
