@@ -69,5 +69,6 @@ def harness():
         additional_config={"headway": {}},
         seed=0,
     )
-    yield Harness(llm)
+    # Only for this engine: the processes that other tests start run as by default.
     del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return Harness(llm)

@@ -1,8 +1,9 @@
 """Run requests through `vllm.LLM` in a process of its own; started by the tests, not by pytest.
 
 Standard input: JSON {"engine": LLM arguments, "requests": [{"prompt": token ids, "steering":
-spec or null, "sampling": SamplingParams arguments}]}. Writes to the file named as argument: JSON
-list of {"tokens", "logprobs"} in the order of the requests.
+spec or null, "sampling": SamplingParams arguments}], "fail_scale": optional, a scale whose edit is
+made to raise in the worker}. Writes to the file named as argument: JSON list of {"tokens",
+"logprobs", "finish_reason"} in the order of the requests.
 """
 
 from __future__ import annotations
@@ -13,10 +14,26 @@ from pathlib import Path
 from typing import Any
 
 
+def make_fail(worker: Any, scale: float) -> None:
+    """Runs in the worker: the affine kernel raises for this scale."""
+    from headway.server.engine import step_plan
+
+    original = step_plan.head_affine_
+
+    def head_affine_(z: Any, rows: Any, factors: Any, shift: Any = None) -> None:
+        if (factors == scale).any():
+            raise RuntimeError("injected")
+        original(z, rows, factors, shift)
+
+    step_plan.head_affine_ = head_affine_
+
+
 def main(task: dict[str, Any], target: Path) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**task["engine"])
+    if "fail_scale" in task:
+        llm.collective_rpc(make_fail, args=(task["fail_scale"],))
     params = []
     for request in task["requests"]:
         sampling = SamplingParams(logprobs=0, ignore_eos=True, **request["sampling"])
@@ -32,7 +49,11 @@ def main(task: dict[str, Any], target: Path) -> None:
         tokens = list(completion.token_ids)
         steps = zip(completion.logprobs or [], tokens, strict=True)
         results.append(
-            {"tokens": tokens, "logprobs": [step[token].logprob for step, token in steps]}
+            {
+                "tokens": tokens,
+                "logprobs": [step[token].logprob for step, token in steps],
+                "finish_reason": completion.finish_reason,
+            }
         )
     target.write_text(json.dumps(results))
 

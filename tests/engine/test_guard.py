@@ -6,6 +6,7 @@ import pytest
 
 from headway.server.engine import slots, steering_state, step_plan
 from tests.engine.harness import Job, program
+from tests.engine.offline import run_offline
 
 pytestmark = pytest.mark.engine
 
@@ -144,3 +145,25 @@ def test_the_engine_is_as_before(harness, prompts):
     harness.forget_cache()
     pool = harness.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # all but the null block
+
+
+@pytest.mark.slow
+def test_the_failure_crosses_process_boundaries(prompts, tmp_path):
+    """Worker, scheduler and front end in a process each, as by default."""
+    specs = [
+        {"methods": [{"method": "vhr", "heads": [[2, 2]], "alpha": alpha}]}
+        for alpha in (1.5, BAD_ALPHA, 2.0)
+    ]
+    requests = [
+        {"prompt": prompt, "steering": spec, "sampling": {"temperature": 0.0, "max_tokens": 4}}
+        for prompt, spec in zip(prompts, [*specs, None], strict=False)
+    ]
+    results = run_offline(tmp_path, True, requests, fail_scale=BAD_ALPHA, dtype="float32")
+    reasons = [result["finish_reason"] for result in results]
+    assert reasons == ["length", "error", "length", "length"]
+        "length",
+        "error",
+        "length",
+        "length",
+    ]
+    assert [len(result["tokens"]) for result in results] == [4, 0, 4, 4]

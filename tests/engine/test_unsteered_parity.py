@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from headway.server.models.smollm2 import ensure_smollm2
+from tests.engine.offline import run_offline
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 STEERED = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7], [20, 2]], "alpha": 2.0}]}
 ZERO = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7]], "alpha": 1.0}]}
-
-
-def run_offline(directory: Path, headway: bool, requests: list[dict], **engine) -> list[dict]:
-    """Run requests in a fresh process; without Headway its plugin is not even loaded."""
-    engine = {
-        "model": str(ensure_smollm2()),
-        "dtype": "bfloat16",
-        "enforce_eager": True,
-        "max_model_len": 1024,
-        "max_num_seqs": 32,
-        "kv_cache_memory_bytes": 1 << 29,
-        **engine,
-    }
-    if headway:
-        engine["additional_config"] = {"headway": {}}
-    target = directory / ("headway.json" if headway else "stock.json")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "offline_run.py"), str(target)],
-        input=json.dumps({"engine": engine, "requests": requests}),
-        env={**os.environ, "VLLM_PLUGINS": "headway" if headway else ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(target.read_text())
 
 
 @pytest.fixture(scope="module")
