@@ -69,6 +69,6 @@ def harness():
         additional_config={"headway": {}},
         seed=0,
     )
-    # Only for this engine: the processes that other tests start run as by default.
-    del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    # It stays set for the processes that later tests start: with the worker in the engine's process
+    # they are much faster on two cores. `run_offline` with a fault has the default.
     return Harness(llm)

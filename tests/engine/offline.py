@@ -38,6 +38,7 @@ def run_offline(
         engine["additional_config"] = {"headway": {}}
     if fail_scale is not None:
         task["fail_scale"] = fail_scale
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as by default: a worker process
         # vLLM sends a function to its workers only with this.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     target = directory / ("headway.json" if headway else "stock.json")
