@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
+from headway.server.demo import free_port
 from headway.server.models.smollm2 import ensure_smollm2
-from tests.server.conftest import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
