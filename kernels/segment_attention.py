@@ -1,0 +1,212 @@
+"""Segment attention: attention with a head word per (row, head), over vLLM's paged CPU cache.
+
+The formula is in `reference.py`, all of it but the affine part, which `head_affine.py` applies
+afterwards. The kernel, `segment_attention.c`, is compiled when Headway is installed: it visits
+every key and value once, for whichever mixture of decode rows and prompt chunks a step has.
+
+Layout of the cache (vLLM's `vec`): [num_blocks, num_kv_heads, block_size, 2 * head_size], where
+the 2 * block_size * head_size numbers of a (block, KV head) are the keys, transposed to
+[head_size, block_size], and then the values, [block_size, head_size].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from headway.kernels.head_word import Mass
+
+DTYPES = (torch.float32, torch.bfloat16)
+BLOCK_MULTIPLE = 32
+HEAD_SIZE_MULTIPLE = 16
+
+
+class KernelError(RuntimeError):
+    """The kernel is not there, or was called with tensors it cannot take."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a call; all int32 and contiguous, the first four [num_sequences].
+
+    first_row: the row of the query tensor where a sequence's rows start. num_rows: how many
+    follow. position: of the first of them. prompt_len: keys from there on carry OUTPUT.
+    block_table: [num_sequences, max_blocks]. tags: uint8 [num_sequences, max_len], by position.
+    """
+
+    first_row: torch.Tensor
+    num_rows: torch.Tensor
+    position: torch.Tensor
+    prompt_len: torch.Tensor
+    block_table: torch.Tensor
+    tags: torch.Tensor | None = None
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all sequences together."""
+        return int(self.num_rows.sum())
+
+
+def segment_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    sequences: Sequences,
+    words: torch.Tensor,
+    softmax_scale: float,
+    soft_cap: float = 0.0,
+    sliding_window: int = -1,
+    slot_tags: torch.Tensor | None = None,
+    masses: torch.Tensor | None = None,
+) -> None:
+    """Write the attention of the given rows into `output`; other rows are not touched.
+
+    query, output: [num_tokens, num_heads, head_size], float32 or bfloat16; kv_cache: as above,
+    same dtype, already holding the keys and values of the rows themselves.
+    words: float32 [total_rows, num_heads, at least 18], rows in the order of the sequences.
+    soft_cap, sliding_window: none if <= 0. slot_tags: uint8 [num_blocks * block_size], by slot.
+    masses: float32 [total_rows, num_heads, len(Mass)], filled with the masses before any gain.
+
+    Raises KernelError if a tensor does not fit; nothing is written then.
+    """
+    _check(query, kv_cache, output, sequences, words, slot_tags, masses)
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    tags = sequences.tags
+    call = _Call(
+        query=query.data_ptr(),
+        output=output.data_ptr(),
+        kv_cache=kv_cache.data_ptr(),
+        block_table=sequences.block_table.data_ptr(),
+        first_row=sequences.first_row.data_ptr(),
+        num_rows=sequences.num_rows.data_ptr(),
+        position=sequences.position.data_ptr(),
+        prompt_len=sequences.prompt_len.data_ptr(),
+        tags=None if tags is None else tags.data_ptr(),
+        slot_tags=None if slot_tags is None else slot_tags.data_ptr(),
+        words=words.data_ptr(),
+        masses=None if masses is None else masses.data_ptr(),
+        query_stride=query.stride(0),
+        output_stride=output.stride(0),
+        block_stride=kv_cache.stride(0),
+        kv_head_stride=kv_cache.stride(1),
+        block_table_stride=sequences.block_table.stride(0),
+        tags_stride=0 if tags is None else tags.stride(0),
+        words_stride=words.stride(1),
+        num_sequences=len(sequences.first_row),
+        num_heads=query.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_size=query.shape[2],
+        block_size=block_size,
+        sliding_window=sliding_window,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        is_bfloat16=query.dtype is torch.bfloat16,
+    )
+    if library().headway_segment_attention(ctypes.byref(call)):
+        raise KernelError("no memory for the segment attention kernel")
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled kernel. Raises KernelError if it was not built with this installation."""
+    spec = find_spec("headway.kernels._segment_attention")
+    if spec is None or spec.origin is None:
+        message = (
+            "the CPU attention kernel is not built; install Headway where there is a C compiler"
+        )
+        raise KernelError(message)
+    return ctypes.CDLL(spec.origin)
+
+
+def _check(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    sequences: Sequences,
+    words: torch.Tensor,
+    slot_tags: torch.Tensor | None,
+    masses: torch.Tensor | None,
+) -> None:
+    _, num_heads, head_size = query.shape
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    rows, count = sequences.total_rows, len(sequences.first_row)
+    vectors = (sequences.num_rows, sequences.position, sequences.prompt_len)
+    expectations = {
+        "query, output and cache of one dtype, float32 or bfloat16": query.dtype in DTYPES
+        and query.dtype == output.dtype == kv_cache.dtype,
+        "output shaped as query": output.shape == query.shape,
+        "heads laid out densely": all(
+            tensor.stride()[1:] == (head_size, 1) for tensor in (query, output)
+        ),
+        "a cache of dense blocks": kv_cache.stride()[2:] == (width, 1) and width == 2 * head_size,
+        f"block size a multiple of {BLOCK_MULTIPLE}": block_size % BLOCK_MULTIPLE == 0,
+        f"head size a multiple of {HEAD_SIZE_MULTIPLE}": head_size % HEAD_SIZE_MULTIPLE == 0,
+        "query heads a multiple of KV heads": num_heads % num_kv_heads == 0,
+        "int32 vectors of one length": all(
+            vector.dtype is torch.int32 and vector.is_contiguous() and len(vector) == count
+            for vector in (sequences.first_row, *vectors)
+        ),
+        "an int32 block table": sequences.block_table.dtype is torch.int32
+        and sequences.block_table.stride(1) == 1,
+        "float32 words of every row": words.dtype is torch.float32
+        and words.is_contiguous()
+        and words.shape[:2] == (rows, num_heads)
+        and words.shape[2] >= 18,
+        "uint8 slot tags": slot_tags is None
+        or (slot_tags.dtype is torch.uint8 and slot_tags.is_contiguous()),
+        "float32 masses of every row": masses is None
+        or (masses.shape == (rows, num_heads, len(Mass)) and masses.is_contiguous()),
+    }
+    wrong = [what for what, holds in expectations.items() if not holds]
+    if wrong:
+        raise KernelError(f"segment attention needs {', '.join(wrong)}")
+
+
+_POINTERS = (
+    "query",
+    "output",
+    "kv_cache",
+    "block_table",
+    "first_row",
+    "num_rows",
+    "position",
+    "prompt_len",
+    "tags",
+    "slot_tags",
+    "words",
+    "masses",
+)
+_STRIDES = (
+    "query_stride",
+    "output_stride",
+    "block_stride",
+    "kv_head_stride",
+    "block_table_stride",
+    "tags_stride",
+    "words_stride",
+)
+_SIZES = (
+    "num_sequences",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "block_size",
+    "sliding_window",
+)
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of segment_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int32) for name in _SIZES),
+        ("softmax_scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("is_bfloat16", ctypes.c_int32),
+    )
