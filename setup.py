@@ -12,7 +12,7 @@ setup(
         Extension(
             "headway.kernels._segment_attention",
             ["kernels/segment_attention.c"],
-            # Not linked against an OpenMP library: the loaded one is torch's, whose threads it shares.
+            # Not linked against an OpenMP library: torch has loaded one, whose threads it shares.
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fno-math-errno"],
             optional=True,
         )

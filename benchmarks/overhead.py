@@ -30,6 +30,7 @@ from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, Comparison, Sce
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
 QUICK_ROUNDS = 7
+PROMPT_TOKENS = 350
 QUICK_PROMPT_TOKENS = 64
 """Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
@@ -63,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     try:
         model = args.model or default_model()
-        scenarios = sized(SCENARIOS, args.dtype, QUICK_PROMPT_TOKENS if args.quick else None)
+        scenarios = sized(
+            SCENARIOS, args.dtype, QUICK_PROMPT_TOKENS if args.quick else PROMPT_TOKENS
+        )
         verified, measurement = measure(scenarios, model, rounds, args.seed)
     except (EngineError, OSError) as error:
         print(f"headway bench overhead: error: {error}", file=sys.stderr)
@@ -99,12 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sized(
-    scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int | None
-) -> tuple[Scenario, ...]:
-    """The scenarios in another dtype, and with prompts of another length if one is given."""
+def sized(scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int) -> tuple[Scenario, ...]:
+    """The scenarios in a dtype, with prompts of this length where they say nothing of it."""
     return tuple(
-        replace(scenario, dtype=dtype, prompt_tokens=prompt_tokens or scenario.prompt_tokens)
+        replace(scenario, dtype=dtype, prompt_tokens=scenario.prompt_tokens or prompt_tokens)
         for scenario in scenarios
     )
 

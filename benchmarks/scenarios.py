@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from headway.steering import ModelGeometry
+from headway.steering import ModelGeometry, SteeringProgram
+from headway.steering.head_words import HeadField, HeadWords, KeyClass, KeyTag
+from headway.steering.program import HeadEdit, SinkRule
+from headway.steering.spans import parse_span
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,23 @@ class Scenario:
     """One load on one engine; scenarios with the same `engine` share a process.
 
     headway: whether Headway is on in the engine. steering: key of `STEERING` for the spec of each
-    request, None for unsteered ones. prompt_tokens, output_tokens: per request, the output is
-    never shorter. num_requests: all at once, so also the batch size.
+    request, None for unsteered ones. num_requests: all at once, so also the batch size.
+    prompt_tokens, output_tokens: per request, the output is never shorter; prompt_tokens None: as
+    long as the run's options say. num_prompts: so many different prompts, in turn.
+    configurations: so many different specs, in turn.
+    cached: the prompts come from the prefix cache, all but their last token, so that what is timed
+    is decoding at that context; otherwise every run computes its prompts.
     """
 
     name: str
     headway: bool
     steering: str | None = None
     num_requests: int = 16
-    prompt_tokens: int = 350
+    prompt_tokens: int | None = None
     output_tokens: int = 64
+    num_prompts: int = 16
+    configurations: int = 16
+    cached: bool = False
     dtype: str = "bfloat16"
     enforce_eager: bool = True
 
@@ -59,16 +69,82 @@ def affine(geometry: ModelGeometry, index: int) -> dict[str, Any]:
     return {"methods": [{"method": "head_scale", "scales": scales}]}
 
 
-STEERING: dict[str, Callable[[ModelGeometry, int], dict[str, Any]]] = {"affine": affine}
-"""Name -> the `steering` object of request number `index`, for a model."""
+def locore(geometry: ModelGeometry, index: int) -> dict[str, Any]:
+    """LocoRE with its defaults, another strength for every configuration."""
+    return {"methods": [{"method": "locore", "beta": 0.15 + 0.01 * index}]}
+
+
+def redistribution(geometry: ModelGeometry, index: int) -> SteeringProgram:
+    """VAR's edit for a model without images: on its default layers, 0.6 of the mass of the sinks
+    goes to a marked part of the prompt instead of an image.
+    """
+    words = HeadWords.uniform(
+        geometry,
+        [
+            (layer, h)
+            for layer in range(2, geometry.num_layers - 1)
+            for h in range(geometry.num_heads)
+        ],
+        {HeadField.MOVED_SHARE: 0.6 - 0.01 * index, HeadField.MIN_SHARE_B: 0.5},
+        class_a=KeyClass(require=KeyTag.SINK),
+        class_b=KeyClass(require=KeyTag.EMPHASISED, exclude=KeyTag.SINK),
+    )
+    return SteeringProgram(
+        head_edits=(HeadEdit(words),),
+        sink_rule=SinkRule((0, 1), 5.0),
+        marks=(parse_span({"tokens": [20, 340]}),),
+    )
+
+
+Steering = dict[str, Any] | SteeringProgram
+
+STEERING: dict[str, Callable[[ModelGeometry, int], Steering]] = {
+    "affine": affine,
+    "locore": locore,
+    "redistribution": redistribution,
+}
+"""Name -> the `steering` object, or the program, of configuration `index`, for a model."""
+
+SHORT: dict[str, Any] = {"headway": True, "prompt_tokens": 513, "output_tokens": 32, "cached": True}
+LONG: dict[str, Any] = SHORT | {
+    "prompt_tokens": 4097,
+    "output_tokens": 16,
+    "num_prompts": 1,
+    "configurations": 1,
+}
 
 SCENARIOS = (
     Scenario("stock", headway=False),
     Scenario("idle", headway=True),
     Scenario("affine", headway=True, steering="affine"),
+    Scenario("idle, context 512", **SHORT),
+    Scenario("LocoRE, context 512", steering="locore", **SHORT),
+    Scenario("LocoRE, 4 configurations", steering="locore", **(SHORT | {"configurations": 4})),
+    Scenario("LocoRE, 1 configuration", steering="locore", **(SHORT | {"configurations": 1})),
+    Scenario("VAR's edit, context 512", steering="redistribution", **SHORT),
+    Scenario("idle, context 4096", **LONG),
+    Scenario("LocoRE, context 4096", steering="locore", **LONG),
+    Scenario("VAR's edit, context 4096", steering="redistribution", **LONG),
 )
 
 COMPARISONS = (
     Comparison("Headway idle / stock vLLM", "idle", "stock", bar=0.99),
-    Comparison("affine on every request / Headway idle", "affine", "idle", bar=0.97),
+    Comparison("affine on every request / idle", "affine", "idle", bar=0.97),
+    Comparison("LocoRE / idle, context 512", "LocoRE, context 512", "idle, context 512", bar=0.92),
+    Comparison(
+        "VAR's edit / idle, context 512", "VAR's edit, context 512", "idle, context 512", bar=0.92
+    ),
+    Comparison(
+        "LocoRE / idle, context 4096", "LocoRE, context 4096", "idle, context 4096", bar=0.90
+    ),
+    Comparison(
+        "VAR's edit / idle, context 4096",
+        "VAR's edit, context 4096",
+        "idle, context 4096",
+        bar=0.90,
+    ),
+    Comparison("16 configurations / 1", "LocoRE, context 512", "LocoRE, 1 configuration", bar=0.97),
+    Comparison(
+        "4 configurations / 1", "LocoRE, 4 configurations", "LocoRE, 1 configuration", bar=0.97
+    ),
 )

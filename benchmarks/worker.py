@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from headway.benchmarks.scenarios import STEERING, Scenario
+from headway.benchmarks.scenarios import STEERING, Scenario, Steering
 
 
 def start(scenarios: Sequence[Scenario], model: str) -> Any:
@@ -27,8 +27,9 @@ def start(scenarios: Sequence[Scenario], model: str) -> Any:
         model,
         dtype=first.dtype,
         enforce_eager=first.enforce_eager,
-        enable_prefix_caching=False,
-        max_model_len=max(each.prompt_tokens + each.output_tokens for each in scenarios) + 16,
+        enable_prefix_caching=True,
+        max_model_len=max((each.prompt_tokens or 0) + each.output_tokens for each in scenarios)
+        + 16,
         max_num_seqs=max(each.num_requests for each in scenarios),
         seed=0,
         additional_config={"headway": {}} if first.headway else {},
@@ -44,9 +45,9 @@ class Load:
         self.scenario = scenario
         self.llm = llm
         vocabulary = self.llm.get_tokenizer().vocab_size
-        shape = (scenario.num_requests, scenario.prompt_tokens)
-        tokens = np.random.default_rng(0).integers(0, vocabulary, shape)
-        self.prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+        shape = (scenario.num_prompts, scenario.prompt_tokens)
+        self.tokens = np.random.default_rng(0).integers(0, vocabulary, shape).tolist()
+        self.runs = 0
         self.params: Any = SamplingParams(
             temperature=0, max_tokens=scenario.output_tokens, ignore_eos=True
         )
@@ -54,8 +55,9 @@ class Load:
 
     def run(self) -> dict[str, float]:
         """Serve all requests once; tokens/s counts output tokens, from submission to the end."""
+        prompts = self._prompts()
         started, cpu = time.perf_counter(), time.process_time()
-        outputs = self.llm.generate(self.prompts, self._params(), use_tqdm=False)
+        outputs = self.llm.generate(prompts, self._params(), use_tqdm=False)
         seconds = time.perf_counter() - started
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"tokens": tokens, "seconds": seconds, "cpu_seconds": time.process_time() - cpu}
@@ -77,36 +79,60 @@ class Load:
             return {"worker": worker, "programs": 0, "positions_edited": 0}
         return {"worker": worker, **self._run_reported()}
 
-    def _specs(self) -> list[dict[str, Any]]:
+    def _prompts(self) -> list[dict[str, Any]]:
+        # A salt of its own keeps a run that computes its prompts out of the cache of earlier ones.
+        self.runs += 1
+        salt = {} if self.scenario.cached else {"cache_salt": f"{self.scenario.name} {self.runs}"}
+        return [
+            {"prompt_token_ids": self.tokens[index % len(self.tokens)], **salt}
+            for index in range(self.scenario.num_requests)
+        ]
+
+    def _specs(self) -> list[Steering]:
         if self.scenario.steering is None:
             return []
         from headway.server.engine.geometry import geometry_of
 
         geometry = geometry_of(self.llm.llm_engine.vllm_config)
         build = STEERING[self.scenario.steering]
-        return [build(geometry, index) for index in range(self.scenario.num_requests)]
+        scenario = self.scenario
+        return [
+            build(geometry, index % scenario.configurations)
+            for index in range(scenario.num_requests)
+        ]
 
     def _params(self) -> Any:
         if not self.specs:
             return self.params
-        from headway.steering import sampling_params
+        from headway.server.engine.request import SteeringRequest, attach
+        from headway.steering import SteeringProgram, sampling_params
 
-        return [sampling_params(self.params, spec) for spec in self.specs]
+        steered = []
+        for spec in self.specs:
+            if isinstance(spec, SteeringProgram):
+                steered.append(self.params.clone())
+                attach(steered[-1], SteeringRequest(spec))
+            else:
+                steered.append(sampling_params(self.params, spec))
+        return steered
 
     def _run_reported(self) -> dict[str, Any]:
         from headway.server.engine.client import engine_report
         from headway.server.engine.geometry import geometry_of
         from headway.server.engine.request import SteeringRequest, attach
-        from headway.steering import compile_spec, parse_spec
+        from headway.steering import SteeringProgram, compile_spec, parse_spec
 
         geometry = geometry_of(self.llm.llm_engine.vllm_config)
-        programs = [compile_spec(parse_spec(spec), geometry) for spec in self.specs]
+        programs = [
+            spec if isinstance(spec, SteeringProgram) else compile_spec(parse_spec(spec), geometry)
+            for spec in self.specs
+        ]
         requests = [SteeringRequest(program) for program in programs]
         params = []
         for request in requests:
             params.append(self.params.clone())
             attach(params[-1], request)
-        self.llm.generate(self.prompts, params, use_tqdm=False)
+        self.llm.generate(self._prompts(), params, use_tqdm=False)
         edited = 0
         for request in requests:
             answers = self.llm.collective_rpc("headway_pop_report", args=(request.report_id,))

@@ -29,15 +29,19 @@ struct call {
   const void *query;           /* [num_tokens, num_heads, head_size] */
   void *output;                /* as query */
   const void *kv_cache;        /* [blocks, num_kv_heads, 2 * block_size * head_size] */
-  const int32_t *block_table;  /* [num_sequences, block_table_stride] */
-  const int32_t *first_row;    /* [num_sequences]: row of the query tensor */
-  const int32_t *num_rows;     /* [num_sequences] */
-  const int32_t *position;     /* [num_sequences]: position of the first row */
-  const int32_t *prompt_len;   /* [num_sequences] */
-  const uint8_t *tags;         /* [num_sequences, tags_stride]: by position, or NULL */
-  const uint8_t *slot_tags;    /* [blocks * block_size]: by cache slot, or NULL */
-  const float *words;          /* [rows of all sequences, num_heads, words_stride] */
-  float *masses;               /* [rows of all sequences, num_heads, 4], or NULL */
+  const int32_t *block_table;  /* [table rows, block_table_stride] */
+  /* The next seven: [num_sequences] each. */
+  const int32_t *first_row;    /* row of the query tensor */
+  const int32_t *num_rows;
+  const int32_t *position;     /* of the first row */
+  const int32_t *prompt_len;
+  const int32_t *table_row;    /* row of the block table */
+  const int32_t *tag_row;      /* row of tags; -1: none */
+  const int32_t *mass_row;     /* row of masses of the first row; -1: none are read */
+  const uint8_t *tags;         /* [tag rows, tags_stride]: by position, or NULL */
+  const uint8_t *slot_tags;    /* [blocks * block_size]: by cache slot, for prompt keys, or NULL */
+  const float *words;          /* [num_sequences, num_heads, words_stride] */
+  float *masses;               /* [mass rows, num_heads, 4], or NULL */
   int64_t query_stride, output_stride; /* elements between two tokens */
   int64_t block_stride, kv_head_stride; /* elements */
   int64_t block_table_stride, tags_stride, words_stride;
@@ -46,7 +50,7 @@ struct call {
   int32_t is_bfloat16;
 };
 
-struct task { int32_t sequence, kv_head, head, heads, row, rows, word; };
+struct task { int32_t sequence, kv_head, head, heads, row, rows; };
 
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v8u __attribute__((vector_size(32), aligned(4)));
@@ -397,6 +401,10 @@ INLINE int visit(struct query *q, const struct tile *tile, float *logits, float 
   return added;
 }
 
+INLINE const int32_t *block_row(const struct call *call, int sequence) {
+  return call->block_table + call->table_row[sequence] * call->block_table_stride;
+}
+
 /* The weights' gains by segment, already divided by the softmax sum; see reference.py. */
 INLINE void gains(const struct query *q, float *gain, float *identity, float *edited) {
   const float *word = q->word;
@@ -437,7 +445,7 @@ INLINE void finish(const struct call *call, const struct task *task, struct quer
     int row = task->row + m / task->heads, head = task->head + m % task->heads;
     float gain[SEGMENTS], identity, edited;
     gains(q, gain, &identity, &edited);
-    const int32_t *blocks = call->block_table + task->sequence * call->block_table_stride;
+    const int32_t *blocks = block_row(call, task->sequence);
     int64_t own = blocks[q->position / block_size] * call->block_stride +
                   task->kv_head * call->kv_head_stride + (int64_t)block_size * head_size +
                   (int64_t)(q->position % block_size) * head_size;
@@ -452,8 +460,9 @@ INLINE void finish(const struct call *call, const struct task *task, struct quer
         z = (1.0f - identity) * z + identity * load1(call->kv_cache, own + d, bf16);
       store1(call->output, out + d, z, bf16);
     }
-    if (call->masses) {
-      float *mass = call->masses + ((int64_t)(task->word + m / task->heads) * call->num_heads + head) * 4;
+    if (call->mass_row[task->sequence] >= 0) {
+      float *mass = call->masses +
+          ((int64_t)(call->mass_row[task->sequence] + row) * call->num_heads + head) * 4;
       mass[0] = (q->mass[1] + q->mass[3]) / q->sum;
       mass[1] = (q->mass[2] + q->mass[3]) / q->sum;
       mass[2] = (q->image_in_b + q->image_rest) / q->sum;
@@ -480,18 +489,21 @@ INLINE void run_task(const struct call *call, const struct task *task, struct sc
     int row = task->row + m / task->heads, head = task->head + m % task->heads;
     int position = call->position[sequence] + row;
     const float *word = call->words +
-        ((int64_t)(task->word + m / task->heads) * call->num_heads + head) * call->words_stride;
-    read_word(scratch->queries + m, word, position, call->sliding_window, call->masses != NULL);
+        ((int64_t)sequence * call->num_heads + head) * call->words_stride;
+    read_word(scratch->queries + m, word, position, call->sliding_window,
+              call->mass_row[sequence] >= 0);
     int64_t at = (call->first_row[sequence] + row) * call->query_stride + (int64_t)head * head_size;
     for (int d = 0; d < head_size; ++d)
       q[m * head_size + d] = call->softmax_scale * load1(call->query, at + d, bf16);
     if (scratch->queries[m].first_key < first) first = scratch->queries[m].first_key;
     if (position + 1 > last) last = position + 1;
   }
-  int prompt_len = call->prompt_len[sequence];
+  int prompt_len = call->prompt_len[sequence], tag_row = call->tag_row[sequence];
+  const uint8_t *tags = tag_row < 0 ? NULL : call->tags + tag_row * call->tags_stride;
+  const int32_t *blocks = block_row(call, sequence);
   int64_t element = bf16 ? sizeof(uint16_t) : sizeof(float);
   for (int start = first & ~(TILE - 1); start < last; start += TILE) {
-    int64_t block = call->block_table[sequence * call->block_table_stride + start / block_size];
+    int64_t block = blocks[start / block_size];
     int offset = start % block_size;
     int from = first > start ? first - start : 0, to = last - start < TILE ? last - start : TILE;
     const char *keys = (const char *)call->kv_cache +
@@ -501,8 +513,9 @@ INLINE void run_task(const struct call *call, const struct task *task, struct sc
     for (int j = 0; j < TILE; ++j) {
       int tag = start + j >= prompt_len ? TAG_OUTPUT : 0;
       if (j >= from && j < to) {
-        if (call->tags) tag |= call->tags[sequence * call->tags_stride + start + j];
-        if (call->slot_tags) tag |= call->slot_tags[block * block_size + offset + j];
+        if (tags) tag |= tags[start + j];
+        if (call->slot_tags && start + j < prompt_len)
+          tag |= call->slot_tags[block * block_size + offset + j];
         tile.tags_or |= tag;
         tile.tags_and &= tag;
       }
@@ -530,14 +543,14 @@ int headway_segment_attention(const struct call *call) {
   if (num_tasks == 0) return 0;
   struct task *tasks = malloc(num_tasks * sizeof *tasks);
   if (!tasks) return 1;
-  for (int s = 0, word = 0; s < call->num_sequences; word += call->num_rows[s], ++s)
+  for (int s = 0; s < call->num_sequences; ++s)
     for (int row = 0; row < call->num_rows[s]; row += rows_per_task)
       for (int kv_head = 0; kv_head < call->num_kv_heads; ++kv_head)
         for (int head = 0; head < group; head += heads_per_task) {
           int rows = call->num_rows[s] - row, heads = group - head;
           tasks[next++] = (struct task){
               s, kv_head, kv_head * group + head, heads < heads_per_task ? heads : heads_per_task,
-              row, rows < rows_per_task ? rows : rows_per_task, word + row};
+              row, rows < rows_per_task ? rows : rows_per_task};
         }
   int failed = 0;
 #pragma omp parallel

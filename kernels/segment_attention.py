@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 import torch
 
-from headway.kernels.head_word import Mass
+from headway.kernels.head_word import Field, Mass
 
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCK_MULTIPLE = 32
@@ -31,60 +31,65 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of a call; all int32 and contiguous, the first four [num_sequences].
+    """The sequences of a call: int32 vectors, contiguous, one entry per sequence.
+
+    A sequence is a run of rows of one request that share their head words; a request may be
+    several.
 
     first_row: the row of the query tensor where a sequence's rows start. num_rows: how many
     follow. position: of the first of them. prompt_len: keys from there on carry OUTPUT.
-    block_table: [num_sequences, max_blocks]. tags: uint8 [num_sequences, max_len], by position.
+    table_row: row of the block table. tag_row: row of `tags`, -1 for none. mass_row: row of
+    `masses` that the first of its rows writes, -1 for none.
     """
 
     first_row: torch.Tensor
     num_rows: torch.Tensor
     position: torch.Tensor
     prompt_len: torch.Tensor
-    block_table: torch.Tensor
-    tags: torch.Tensor | None = None
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of all sequences together."""
-        return int(self.num_rows.sum())
+    table_row: torch.Tensor
+    tag_row: torch.Tensor
+    mass_row: torch.Tensor
 
 
 def segment_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
+    block_table: torch.Tensor,
     sequences: Sequences,
     words: torch.Tensor,
     softmax_scale: float,
     soft_cap: float = 0.0,
     sliding_window: int = -1,
+    tags: torch.Tensor | None = None,
     slot_tags: torch.Tensor | None = None,
     masses: torch.Tensor | None = None,
 ) -> None:
-    """Write the attention of the given rows into `output`; other rows are not touched.
+    """Write the attention of the rows of `sequences` into `output`; other rows are not touched.
 
     query, output: [num_tokens, num_heads, head_size], float32 or bfloat16; kv_cache: as above,
     same dtype, already holding the keys and values of the rows themselves.
-    words: float32 [total_rows, num_heads, at least 18], rows in the order of the sequences.
-    soft_cap, sliding_window: none if <= 0. slot_tags: uint8 [num_blocks * block_size], by slot.
-    masses: float32 [total_rows, num_heads, len(Mass)], filled with the masses before any gain.
+    block_table: int32 [table rows, max blocks]. words: float32 [num_sequences, num_heads, at
+    least 18]. soft_cap, sliding_window: none if <= 0. tags: uint8 [tag rows, max length], by
+    position. slot_tags: uint8 [num_blocks * block_size], by slot, heeded for keys of the prompt.
+    masses: float32 [mass rows, num_heads, len(Mass)], filled with the masses before any gain.
 
     Raises KernelError if a tensor does not fit; nothing is written then.
     """
-    _check(query, kv_cache, output, sequences, words, slot_tags, masses)
-    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    tags = sequences.tags
+    _check(query, kv_cache, output, block_table, sequences, words, tags, slot_tags, masses)
+    _, num_kv_heads, block_size, _ = kv_cache.shape
     call = _Call(
         query=query.data_ptr(),
         output=output.data_ptr(),
         kv_cache=kv_cache.data_ptr(),
-        block_table=sequences.block_table.data_ptr(),
+        block_table=block_table.data_ptr(),
         first_row=sequences.first_row.data_ptr(),
         num_rows=sequences.num_rows.data_ptr(),
         position=sequences.position.data_ptr(),
         prompt_len=sequences.prompt_len.data_ptr(),
+        table_row=sequences.table_row.data_ptr(),
+        tag_row=sequences.tag_row.data_ptr(),
+        mass_row=sequences.mass_row.data_ptr(),
         tags=None if tags is None else tags.data_ptr(),
         slot_tags=None if slot_tags is None else slot_tags.data_ptr(),
         words=words.data_ptr(),
@@ -93,7 +98,7 @@ def segment_attention(
         output_stride=output.stride(0),
         block_stride=kv_cache.stride(0),
         kv_head_stride=kv_cache.stride(1),
-        block_table_stride=sequences.block_table.stride(0),
+        block_table_stride=block_table.stride(0),
         tags_stride=0 if tags is None else tags.stride(0),
         words_stride=words.stride(1),
         num_sequences=len(sequences.first_row),
@@ -126,15 +131,16 @@ def _check(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
+    block_table: torch.Tensor,
     sequences: Sequences,
     words: torch.Tensor,
+    tags: torch.Tensor | None,
     slot_tags: torch.Tensor | None,
     masses: torch.Tensor | None,
 ) -> None:
     _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, width = kv_cache.shape
-    rows, count = sequences.total_rows, len(sequences.first_row)
-    vectors = (sequences.num_rows, sequences.position, sequences.prompt_len)
+    count = len(sequences.first_row)
     expectations = {
         "query, output and cache of one dtype, float32 or bfloat16": query.dtype in DTYPES
         and query.dtype == output.dtype == kv_cache.dtype,
@@ -147,19 +153,20 @@ def _check(
         f"head size a multiple of {HEAD_SIZE_MULTIPLE}": head_size % HEAD_SIZE_MULTIPLE == 0,
         "query heads a multiple of KV heads": num_heads % num_kv_heads == 0,
         "int32 vectors of one length": all(
-            vector.dtype is torch.int32 and vector.is_contiguous() and len(vector) == count
-            for vector in (sequences.first_row, *vectors)
+            vector.dtype is torch.int32 and vector.is_contiguous() and vector.shape == (count,)
+            for vector in vars(sequences).values()
         ),
-        "an int32 block table": sequences.block_table.dtype is torch.int32
-        and sequences.block_table.stride(1) == 1,
-        "float32 words of every row": words.dtype is torch.float32
+        "an int32 block table": block_table.dtype is torch.int32 and block_table.stride(1) == 1,
+        "float32 words of every sequence": words.dtype is torch.float32
         and words.is_contiguous()
-        and words.shape[:2] == (rows, num_heads)
-        and words.shape[2] >= 18,
-        "uint8 slot tags": slot_tags is None
-        or (slot_tags.dtype is torch.uint8 and slot_tags.is_contiguous()),
-        "float32 masses of every row": masses is None
-        or (masses.shape == (rows, num_heads, len(Mass)) and masses.is_contiguous()),
+        and words.shape[:2] == (count, num_heads)
+        and words.shape[2] >= Field.SCALE,
+        "uint8 tags": all(
+            tensor is None or (tensor.dtype is torch.uint8 and tensor.stride(-1) == 1)
+            for tensor in (tags, slot_tags)
+        ),
+        "float32 masses": masses is None
+        or (masses.shape[1:] == (num_heads, len(Mass)) and masses.is_contiguous()),
     }
     wrong = [what for what, holds in expectations.items() if not holds]
     if wrong:
@@ -175,6 +182,9 @@ _POINTERS = (
     "num_rows",
     "position",
     "prompt_len",
+    "table_row",
+    "tag_row",
+    "mass_row",
     "tags",
     "slot_tags",
     "words",

@@ -7,11 +7,13 @@ from typing import Any
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
+from headway.steering.methods.base import CompiledMethod
 from headway.steering.program import (
     AppliedMethod,
     Feature,
     HeadEdit,
     QueryScope,
+    Readout,
     SteeringProgram,
 )
 from headway.steering.registry import parse_method
@@ -20,7 +22,7 @@ from headway.steering.schema import SteeringSpec
 Presets = Mapping[str, Sequence[dict[str, Any]]]
 """Preset name -> the `methods` list it stands for."""
 
-ENGINE_FEATURES = frozenset({Feature.HEAD_AFFINE})
+ENGINE_FEATURES = frozenset({Feature.HEAD_AFFINE, Feature.ATTENTION_EDIT, Feature.READOUT})
 """What Headway's engine can do today."""
 
 
@@ -32,28 +34,35 @@ def compile_spec(
 ) -> SteeringProgram:
     """Compile a spec for a model.
 
-    The methods are applied together: scales multiply, edits of the same scope become one table.
+    The methods are applied together: scales multiply, biases add, edits of the same scope become
+    one table.
 
     Raises SteeringError naming the JSON path, for unknown presets and methods, options that do
     not fit the model, methods that conflict, and edits this engine cannot do.
     """
     values, path = _methods(spec, presets or {}, param)
-    edits: list[HeadEdit] = []
-    applied: list[AppliedMethod] = []
-    warnings: list[str] = []
-    for index, value in enumerate(values):
-        where = f"{path}[{index}]"
-        method = parse_method(value, where)
-        compiled = method.compile(geometry, where)
-        edits.extend(compiled.head_edits)
-        applied.append(AppliedMethod(method.name, compiled.details))
-        warnings.extend(compiled.warnings)
+    methods = [parse_method(value, f"{path}[{index}]") for index, value in enumerate(values)]
+    parts = [
+        (f"{path}[{index}]", method.name, method.compile(geometry, f"{path}[{index}]"))
+        for index, method in enumerate(methods)
+    ]
+    refuse_conflicts(parts)
+    edits = compose([edit for _, _, part in parts for edit in part.head_edits])
+    marked = [(where, part) for where, _, part in parts if part.marks and _edits(part)]
     program = SteeringProgram(
-        head_edits=compose(edits, path),
-        applied=tuple(applied),
-        warnings=tuple(warnings),
+        head_edits=edits,
+        sink_rule=next((part.sink_rule for _, _, part in parts if part.sink_rule), None),
+        marks=marked[0][1].marks if marked else (),
+        marks_param=f"{marked[0][0]}.spans" if marked else "",
+        image_param=next((where for where, _, part in parts if part.needs_image), ""),
+        readouts=_readouts(spec, edits),
+        applied=tuple(_applied(name, part) for _, name, part in parts),
+        warnings=tuple(warning for _, _, part in parts for warning in part.warnings),
         report=spec.report,
     )
+    if program.image_param and not geometry.supports_images:
+        message = "this method steers by the image of the prompt, and this model takes no images"
+        raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
     missing = sorted(program.features - ENGINE_FEATURES)
     if missing:
         message = f"this version's engine cannot do: {', '.join(missing)}"
@@ -61,24 +70,58 @@ def compile_spec(
     return program
 
 
-def compose(edits: Sequence[HeadEdit], param: str) -> tuple[HeadEdit, ...]:
+def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
+    """Raise SteeringError(E_CONFLICT), naming both, where two methods do not go together.
+
+    parts: (JSON path, name, compiled method) of each method. Query scopes overlap, so that edits
+    of different scopes conflict just as edits of the same.
+    """
+    for later, (path, name, part) in enumerate(parts):
+        for earlier_path, earlier_name, earlier in parts[:later]:
+            both = f"{name} and {earlier_name} ({earlier_path})"
+            for edit in part.head_edits:
+                for other in earlier.head_edits:
+                    at = other.words.conflict(edit.words)
+                    if at is not None:
+                        where = f"layer {at[0]}, head {at[1]}"
+                        message = f"{both} both redistribute the attention of {where}"
+                        raise SteeringError(Reason.CONFLICT, message, path)
+            if part.sink_rule and earlier.sink_rule and part.sink_rule != earlier.sink_rule:
+                message = f"{both} tell sinks by different dimensions or thresholds"
+                raise SteeringError(Reason.CONFLICT, message, path)
+            if part.marks and earlier.marks and part.marks != earlier.marks:
+                message = f"{both} emphasise different spans; give all spans to one"
+                raise SteeringError(Reason.CONFLICT, message, path)
+
+
+def compose(edits: Sequence[HeadEdit]) -> tuple[HeadEdit, ...]:
     """Merge the edits of each query scope, in the order given; identities are dropped.
 
-    Raises SteeringError(E_CONFLICT) where two edits redistribute the attention of one scope.
+    Raises ValueError for edits that conflict.
     """
     merged: dict[QueryScope, HeadEdit] = {}
     for edit in edits:
         earlier = merged.get(edit.scope)
-        if earlier is None:
-            merged[edit.scope] = edit
-            continue
-        try:
-            words = earlier.words.then(edit.words)
-        except ValueError as error:
-            raise SteeringError(Reason.CONFLICT, str(error), param) from None
+        words = edit.words if earlier is None else earlier.words.then(edit.words)
         merged[edit.scope] = HeadEdit(words, edit.scope)
     kept = (edit for edit in merged.values() if not edit.words.is_identity)
     return tuple(sorted(kept, key=lambda edit: edit.scope))
+
+
+def _edits(part: CompiledMethod) -> bool:
+    return not all(edit.words.is_identity for edit in part.head_edits)
+
+
+def _readouts(spec: SteeringSpec, edits: Sequence[HeadEdit]) -> tuple[Readout, ...]:
+    edits_attention = not all(edit.words.is_affine for edit in edits)
+    return (Readout.CLASS_MASSES,) if spec.report == "full" and edits_attention else ()
+
+
+def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
+    layers = [edit.words.edits_attention.any(axis=-1) for edit in part.head_edits]
+    return AppliedMethod(
+        name, part.details, part.head_edits[0].scope, int(sum(each.sum() for each in layers))
+    )
 
 
 def _methods(

@@ -23,6 +23,7 @@ class ModelGeometry:
     supports_images: bool = False
     quantized: bool = False
     architecture: str = ""
+    sink_dims: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:

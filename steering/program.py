@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass, field
-from enum import IntFlag, StrEnum
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from headway.steering.head_words import HeadWords
+from headway.steering.head_words import HeadWords, KeyTag
 
-FINGERPRINT_VERSION = b"headway-program-1"
+FINGERPRINT_VERSION = b"headway-program-2"
 """Part of every fingerprint; raised when the meaning of a field changes."""
 
 
@@ -26,40 +26,29 @@ class QueryScope(StrEnum):
     """Which query positions an edit applies to: a rule on absolute positions, never on steps."""
 
     ALL = "all"
-    AFTER_IMAGE = "after_image"  # text after the first image: prompt and output
+    AFTER_IMAGE = "after_image"  # text after the first image, in prompt and output
     OUTPUT = "output"  # positions >= prompt length
     FROM_LAST_PROMPT_TOKEN = "from_last_prompt_token"  # positions >= prompt length - 1
 
 
-class KeyTag(IntFlag):
-    """What a cached token is, stored with its KV slot; key classes are made of these."""
-
-    IMAGE = 1
-    SINK = 2
-    EMPHASISED = 4
-    OUTPUT = 8
-
-
-@dataclass(frozen=True)
-class KeyClass:
-    """Keys that carry all of `require` and none of `exclude`, at most `window` tokens back.
-
-    window: 1 <= query - key <= window, in tokens; 0 means any distance.
-    """
-
-    require: KeyTag = KeyTag(0)
-    exclude: KeyTag = KeyTag(0)
-    window: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """Head words over one query scope, with the key classes that their A and B fields mean."""
+    """Head words over one query scope."""
 
     words: HeadWords
     scope: QueryScope = QueryScope.ALL
-    class_a: KeyClass | None = None
-    class_b: KeyClass | None = None
+
+
+@dataclass(frozen=True)
+class SinkRule:
+    """Which prompt tokens carry the tag SINK, decided layer by layer when they are computed.
+
+    A token is a sink of a layer if max over `dims` of |x[d]| / sqrt(mean x^2) >= tau, x being the
+    residual stream that enters the layer (VAR, arXiv 2503.03321).
+    """
+
+    dims: tuple[int, ...]
+    tau: float
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,6 @@ class Feature(StrEnum):
 
     HEAD_AFFINE = "head_affine"
     ATTENTION_EDIT = "attention_edit"
-    PARTIAL_SCOPE = "partial_scope"
     RESIDUAL_EDIT = "residual_edit"
     SAMPLING_GATE = "sampling_gate"
     READOUT = "readout"
@@ -104,10 +92,15 @@ class Feature(StrEnum):
 
 @dataclass(frozen=True)
 class AppliedMethod:
-    """What one method of the request really does, as reported back to the client."""
+    """What one method of the request really does, as reported back to the client.
+
+    scope: the query positions it edits; attention_layers: layers whose attention weights it edits.
+    """
 
     method: str
     details: dict[str, Any]
+    scope: QueryScope = QueryScope.ALL
+    attention_layers: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -119,6 +112,10 @@ class SteeringProgram:
     """Everything the engine must do for one request. Immutable; compare by `fingerprint`."""
 
     head_edits: tuple[HeadEdit, ...] = ()
+    sink_rule: SinkRule | None = None
+    marks: tuple[Any, ...] = ()  # span selectors, whose tokens carry the tag EMPHASISED
+    marks_param: str = ""  # where in the request they stand, for errors
+    image_param: str = ""  # the first method that means nothing without an image, "" for none
     residual_edits: tuple[ResidualEdit, ...] = ()
     sampling_gate: SamplingGate | None = None
     readouts: tuple[Readout, ...] = ()
@@ -133,8 +130,11 @@ class SteeringProgram:
             all(edit.words.is_identity for edit in self.head_edits)
             and not self.residual_edits
             and self.sampling_gate is None
-            and not self.readouts
         )
+
+    def mentions(self, tag: KeyTag) -> bool:
+        """Whether a key class of any edit asks for this tag."""
+        return any(edit.words.mentions(tag).any() for edit in self.head_edits)
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -142,8 +142,6 @@ class SteeringProgram:
         needs = set()
         for edit in self.head_edits:
             needs.add(Feature.HEAD_AFFINE if edit.words.is_affine else Feature.ATTENTION_EDIT)
-            if edit.scope is not QueryScope.ALL:
-                needs.add(Feature.PARTIAL_SCOPE)
         if self.residual_edits:
             needs.add(Feature.RESIDUAL_EDIT)
         if self.sampling_gate:
@@ -157,17 +155,17 @@ class SteeringProgram:
         """SHA-256 (hex) over everything that shapes the request's keys, values and tokens.
 
         Two requests that ask for the same edits in other words have the same fingerprint. What
-        is only reported (applied, warnings, report level) is left out.
+        is only read or reported (readouts, applied, warnings, report level) is left out.
         """
         digest = hashlib.sha256(FINGERPRINT_VERSION)
         for edit in self.head_edits:
             digest.update(edit.scope.encode())
-            digest.update(repr((edit.class_a, edit.class_b)).encode())
             for array in (edit.words.table, edit.words.shifts):
                 digest.update(struct.pack("<4q", array.ndim, *_padded(array.shape)))
                 # + 0.0 turns -0.0 into 0.0: the same edit must not have two fingerprints.
                 digest.update(np.ascontiguousarray(array + np.float32(0.0)).tobytes())
-        digest.update(repr((self.residual_edits, self.sampling_gate, self.readouts)).encode())
+        rest = (self.sink_rule, self.marks, self.residual_edits, self.sampling_gate)
+        digest.update(repr(rest).encode())
         return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteeringProgram:

@@ -6,8 +6,11 @@ from typing import Any
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.methods.base import Method
+from headway.steering.methods.emphasis import Emphasis
 from headway.steering.methods.head_ablation import HeadAblation
 from headway.steering.methods.head_scale import HeadScale
+from headway.steering.methods.locore import LocoRE
+from headway.steering.methods.var import VAR
 from headway.steering.methods.vhr import VHR
 from headway.steering.validation import validate
 
@@ -15,6 +18,9 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         VHR,
+        VAR,
+        LocoRE,
+        Emphasis,
         HeadScale,
         HeadAblation,
     )

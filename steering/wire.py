@@ -6,29 +6,62 @@ little-endian bytes. The engine's MessagePack transport carries bytes as they ar
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from headway.steering.geometry import ModelGeometry
 from headway.steering.head_words import IDENTITY_WORD, HeadWords
-from headway.steering.program import HeadEdit, QueryScope, SteeringProgram
+from headway.steering.positions import PromptFacts
+from headway.steering.program import (
+    HeadEdit,
+    QueryScope,
+    Readout,
+    SinkRule,
+    SteeringProgram,
+)
 
 
 def encode_program(program: SteeringProgram) -> dict[str, Any]:
-    """Plain values (str, int, bytes, list, dict) for `decode_head_edits`."""
+    """Plain values (str, int, bytes, list, dict) for `decode_program`."""
     return {
         "fingerprint": program.fingerprint,
         "head_edits": [_encode_edit(edit) for edit in program.head_edits],
+        "sink_rule": asdict(program.sink_rule) if program.sink_rule else None,
+        "readouts": [str(readout) for readout in program.readouts],
     }
 
 
-def decode_head_edits(wire: dict[str, Any], geometry: ModelGeometry) -> tuple[HeadEdit, ...]:
-    """The head edits of an encoded program, for the model of `geometry`.
+def decode_program(wire: dict[str, Any], geometry: ModelGeometry) -> SteeringProgram:
+    """The part of an encoded program that the workers carry out, for the model of `geometry`.
 
     Raises ValueError, KeyError or IndexError if the values do not fit the model.
     """
-    return tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"])
+    rule = wire["sink_rule"]
+    if rule is not None:
+        rule = SinkRule(tuple(int(dim) for dim in rule["dims"]), float(rule["tau"]))
+        if not all(0 <= dim < geometry.hidden_size for dim in rule.dims):
+            raise ValueError(f"sink dimensions {rule.dims} of {geometry.hidden_size}")
+    return SteeringProgram(
+        head_edits=tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"]),
+        sink_rule=rule,
+        readouts=tuple(Readout(name) for name in wire["readouts"]),
+    )
+
+
+def encode_facts(facts: PromptFacts) -> dict[str, Any]:
+    """Plain values for `decode_facts`."""
+    return asdict(facts)
+
+
+def decode_facts(wire: dict[str, Any]) -> PromptFacts:
+    """The facts of a prompt. Raises KeyError, TypeError or ValueError for other values."""
+    ranges = {
+        name: tuple((int(start), int(stop)) for start, stop in wire[name])
+        for name in ("image_spans", "image_tokens", "marks")
+    }
+    return PromptFacts(int(wire["prompt_len"]), **ranges)
 
 
 def _encode_edit(edit: HeadEdit) -> dict[str, Any]:

@@ -1,28 +1,79 @@
-"""The prefix-cache salt of a steered request.
+"""Seam: what the prefix cache's key of a steered request covers.
 
-A cached KV block may be reused only where a cold computation would give the same keys and values.
-Edits at all positions are covered by the program's fingerprint: any request with the same program
-and the same tokens computes the same block, in a prompt or in an output, in this turn or a later
-one. Unsteered requests keep the caller's salt untouched and so share with stock traffic.
+vLLM symbols relied on: `vllm.v1.core.kv_cache_utils._gen_prompt_embeds_extra_hash_keys`, the one
+part of a block's extra keys that is made from the `Request` (with `sampling_params`) and from the
+positions of the block; its (tag, key) pairs enter the block's hash, and so, by chaining, the hashes
+of all later blocks. Every module of vLLM that makes block keys calls it through this module.
+
+A cached block may be reused only where a cold computation would give the same keys and values, so
+the hash of a block covers everything that shaped the rows up to its end, and nothing else:
+
+- rows before the first one that a program touches are those of an unsteered request and are shared
+  with everyone; the block of the first touched row carries the program's fingerprint;
+- where rows depend on where the prompt ends (output scopes, classes made of output tokens, sinks,
+  which only prompt tokens can be), the block of that row carries the prompt's length;
+- emphasised positions enter with the block they lie in.
+
+Unsteered requests get vLLM's own keys. So does the caller's `cache_salt`, which stays vLLM's.
 """
 
 from __future__ import annotations
 
-import hashlib
+from functools import wraps
+from typing import Any
 
+from headway.server.engine.request import EXTRA_ARG
+from headway.steering.head_words import KeyTag
+from headway.steering.positions import PromptFacts, scope_ranges
 from headway.steering.program import QueryScope, SteeringProgram
 
+OUTPUT_SCOPES = (QueryScope.OUTPUT, QueryScope.FROM_LAST_PROMPT_TOKEN)
 
-def cache_salt(caller_salt: str | None, program: SteeringProgram) -> str:
-    """Salt that separates the blocks of this (caller, program) from all others.
 
-    Raises ValueError for a scope that the fingerprint alone does not cover: there the prompt
-    length has to be part of the key.
-    """
-    if any(edit.scope is not QueryScope.ALL for edit in program.head_edits):
-        raise ValueError("the cache key of a partial query scope needs the prompt length")
-    digest = hashlib.sha256(b"headway-salt-1")
-    # The presence byte keeps "no salt" apart from an empty one.
-    digest.update(b"\0" if caller_salt is None else b"\1" + caller_salt.encode())
-    digest.update(bytes.fromhex(program.fingerprint))
-    return f"headway-{digest.hexdigest()}"
+def cache_keys(program: SteeringProgram, facts: PromptFacts) -> list[tuple[int, str]]:
+    """(position, key) for every position from which on blocks differ from those of others."""
+    keys = []
+    scopes = {edit.scope for edit in program.head_edits}
+    starts = [start for scope in scopes for start, _ in scope_ranges(scope, facts)]
+    touched = min(starts, default=0)
+    if program.sink_rule is not None:
+        # The tags that these requests write are part of what a block holds, from its first row.
+        touched = 0
+    keys.append((touched, program.fingerprint))
+    if (
+        scopes & set(OUTPUT_SCOPES)
+        or program.sink_rule is not None
+        or program.mentions(KeyTag.OUTPUT)
+    ):
+        start = facts.prompt_len - (QueryScope.FROM_LAST_PROMPT_TOKEN in scopes)
+        keys.append((start, f"prompt_len={facts.prompt_len}"))
+    return keys
+
+
+def block_keys(payload: dict[str, Any], start: int, stop: int) -> list[tuple[str, str]]:
+    """Tagged keys of the block of positions [start, stop) of a request with this payload."""
+    keys = [key for position, key in payload["cache_keys"] if start <= position < stop]
+    for low, high in payload["facts"]["marks"]:
+        if low < stop and high > start:
+            keys.append(f"mark={max(low, start)}:{min(high, stop)}")
+    return [("headway", key) for key in keys]
+
+
+def install() -> None:
+    """Wrap vLLM's function that makes the keys; calling it again changes nothing."""
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils._gen_prompt_embeds_extra_hash_keys
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def extra_hash_keys(request: Any, start_token_idx: int, end_token_idx: int) -> list[Any]:
+        keys: list[Any] = original(request, start_token_idx, end_token_idx)
+        params = request.sampling_params
+        payload = params and params.extra_args and params.extra_args.get(EXTRA_ARG)
+        if payload:
+            keys = keys + block_keys(payload, start_token_idx, end_token_idx)
+        return keys
+
+    kv_cache_utils._gen_prompt_embeds_extra_hash_keys = extra_hash_keys

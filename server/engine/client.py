@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from headway.server.engine.report import EngineReport
+from headway.server.engine.report import EngineReport, merge_readings
 
 
 class SteeringClient:
@@ -48,9 +48,12 @@ class SteeringClient:
 def engine_report(workers: list[dict[str, Any] | None]) -> EngineReport | None:
     """One report from the answers of all workers of an engine.
 
-    Tensor-parallel ranks count the same request alike, so the first answer stands for all, but
-    a failure on any rank is a failure of the request.
+    Ranks count the positions of a request alike, so the first answer stands for all, but a
+    failure on any rank is a failure of the request, and each reads the masses of its own heads.
     """
     reports = [EngineReport(**answer) for answer in workers if answer]
     failed = [report for report in reports if report.failed_stage]
-    return next(iter(failed or reports), None)
+    chosen = next(iter(failed or reports), None)
+    if chosen is not None:
+        chosen.readings = merge_readings([report.readings for report in reports])
+    return chosen

@@ -1,12 +1,20 @@
 """Whether Headway is on for an engine: `additional_config={"headway": {...}}`.
 
 vLLM symbols relied on: `VllmConfig.additional_config`, `ModelConfig` predicates,
-`ModelArchitectureConfig.per_layer_overrides`.
+`ModelArchitectureConfig.per_layer_overrides`, `CacheConfig.cache_dtype` and `block_size`,
+`vllm.v1.attention.backends.cpu_attn._get_attn_isa`.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+from headway.kernels.segment_attention import BLOCK_MULTIPLE, DTYPES
+from headway.steering import Reason, SteeringError, SteeringProgram
+from headway.steering.program import Feature
 
 KEY = "headway"
 
@@ -43,3 +51,48 @@ def unsupported_request(vllm_config: Any) -> str | None:
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         return "steering together with context parallelism is not supported"
     return None
+
+
+def unsupported_attention(vllm_config: Any) -> str | None:
+    """Why attention weights cannot be edited in this engine, or None if they can."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if find_spec("headway.kernels._segment_attention") is None:
+        return "the attention kernel was not built; install Headway where there is a C compiler"
+    if model.dtype not in DTYPES:
+        return f"the attention kernel takes float32 and bfloat16, not {model.dtype}"
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        return f"the attention kernel does not read a KV cache of {cache.cache_dtype}"
+    if cache.block_size % BLOCK_MULTIPLE:
+        return f"the KV cache's block size must be a multiple of {BLOCK_MULTIPLE}"
+    layout = cache_layout(model.dtype, cache.block_size, model.get_head_size())
+    if layout != "vec":
+        return (
+            f"on this processor vLLM lays a {model.dtype} KV cache out as `{layout}`, which the "
+            "attention kernel does not read; --dtype float32 has the layout it reads"
+        )
+    text = model.hf_text_config
+    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
+        return "layers with ALiBi are not supported"
+    if getattr(text, "model_type", "") in MODELS_WITH_SINK_LOGITS:
+        return "layers with learned attention sinks are not supported"
+    return None
+
+
+MODELS_WITH_SINK_LOGITS = ("gpt_oss",)
+"""Their softmax has a further, learned logit, which the head word does not describe."""
+
+
+def cache_layout(dtype: torch.dtype, block_size: int, head_size: int) -> str:
+    """vLLM's name for the layout of its CPU cache here."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    layout: str = _get_attn_isa(dtype, block_size, head_size, "auto")
+    return layout
+
+
+def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = "steering") -> None:
+    """Raise SteeringError(E_UNSUPPORTED) for a program that this engine cannot carry out."""
+    if Feature.ATTENTION_EDIT in program.features:
+        reason = unsupported_attention(vllm_config)
+        if reason:
+            raise SteeringError(Reason.UNSUPPORTED, reason, param)

@@ -2,7 +2,8 @@
 
 vLLM symbols relied on: `vllm.v1.worker.cpu_worker` (`CPUWorker`, and its module global
 `CPUModelRunner`, swapped for a subclass), and of the runner `load_model`, `_update_states`,
-`_prepare_inputs`, `execute_model`, `sample_tokens`, `input_batch.req_ids`,
+`_prepare_inputs`, `execute_model`, `sample_tokens`, `input_batch.req_ids` and
+`num_computed_tokens_cpu`, `CompilationConfig.static_forward_context`,
 `scheduler_output.scheduled_new_reqs` and `finished_req_ids`.
 
 `_prepare_inputs` is where a plan is made: the batch then holds the requests of this very step in
@@ -14,10 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed import get_tp_group
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from headway.server.engine import attention
+from headway.server.engine import attention, layer_boundary
 from headway.server.engine.geometry import geometry_of
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
@@ -39,12 +41,20 @@ class SteeringCPUModelRunner(CPUModelRunner):
         group = get_tp_group()
         tables = SlotTables(
             geometry,
-            capacity=self.scheduler_config.max_num_seqs,
+            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_len=self.model_config.max_model_len,
             layers=range(*layers),
             rank=group.rank_in_group,
             world_size=group.world_size,
         )
         self.steering = SteeringState(geometry, tables)
+        context = self.vllm_config.compilation_config.static_forward_context
+        decoder = {
+            name: module
+            for name, module in context.items()
+            if getattr(module, "attn_type", None) == AttentionType.DECODER
+        }
+        layer_boundary.install(self.model, decoder)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
@@ -60,7 +70,10 @@ class SteeringCPUModelRunner(CPUModelRunner):
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.steering.guard("plan"):
-            current.plan = self.steering.plan_step(self.input_batch.req_ids, num_scheduled_tokens)
+            batch = self.input_batch
+            current.plan = self.steering.plan_step(
+                batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
+            )
         return result
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,26 +1,31 @@
 """Seam: requests on their way into the engine, over HTTP and offline alike.
 
 vLLM symbols relied on: `vllm.v1.engine.input_processor.InputProcessor.process_inputs` (every
-request passes it in the front end, returns an `EngineCoreRequest` with `sampling_params` and
-`cache_salt`) and `vllm.exceptions.VLLMClientError`, which vLLM passes on to the client's answer.
+request passes it in the front end; returns an `EngineCoreRequest` with `sampling_params`), its
+`tokenizer`, and `vllm.exceptions.VLLMClientError`, which vLLM passes on to the client's answer.
 
-Here a steering request becomes plain values for the workers and its prefix-cache salt is set; and
-here, behind every endpoint, a request that smuggles steering past our own routes is refused.
+Here a steering request meets its prompt and becomes plain values for the workers and the prefix
+cache; and here, behind every endpoint, a request that smuggles steering past our own routes is
+refused.
 """
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
 
-from headway.server.engine.cache_key import cache_salt
-from headway.server.engine.config import is_enabled, unsupported_request
+from headway.server.engine.cache_key import cache_keys
+from headway.server.engine.config import is_enabled, refuse_unsupported, unsupported_request
 from headway.server.engine.geometry import geometry_of
+from headway.server.engine.prompt import PromptText, prompt_facts
+from headway.server.engine.prompt_text import prompt_text
 from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringSpec, compile_spec
-from headway.steering.wire import encode_program
+from headway.steering.wire import encode_facts, encode_program
 
 CARRIAGE_KEY = "steering"
 """Key of `vllm_xargs` that our routes consume; still there, an endpoint passed it on unread."""
@@ -44,16 +49,25 @@ def install() -> None:
     ) -> Any:
         if not getattr(params, "extra_args", None):
             return original(self, request_id, prompt, params, *args, **kwargs)
-        try:
+        with refusals():
             steering = take_steering(params.extra_args, self.vllm_config)
-        except SteeringError as error:
-            raise EngineRefusal(error.reason, error.message, error.param) from error
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if EXTRA_ARG in params.extra_args:
-            carry(request, steering)
+            with refusals():
+                text = partial(prompt_text, self.tokenizer, request.prompt_token_ids)
+                carry(request, steering, text)
         return request
 
     InputProcessor.process_inputs = process_inputs
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn a SteeringError into one that vLLM passes on to the client."""
+    try:
+        yield
+    except SteeringError as error:
+        raise EngineRefusal(error.reason, error.message, error.param) from error
 
 
 def take_steering(extra_args: dict[str, Any], vllm_config: Any) -> SteeringRequest | None:
@@ -77,18 +91,28 @@ def take_steering(extra_args: dict[str, Any], vllm_config: Any) -> SteeringReque
     if reason:
         raise SteeringError(Reason.UNSUPPORTED, reason)
     if isinstance(value, SteeringSpec):
-        return SteeringRequest(compile_spec(value, geometry_of(vllm_config)))
+        value = SteeringRequest(compile_spec(value, geometry_of(vllm_config)))
+    refuse_unsupported(value.program, vllm_config)
     return value
 
 
-def carry(request: Any, steering: SteeringRequest | None) -> None:
-    """Put steering, as plain values, into an `EngineCoreRequest` (changed in place)."""
+def carry(request: Any, steering: SteeringRequest | None, prompt: PromptText) -> None:
+    """Put steering, as plain values, into an `EngineCoreRequest` (changed in place).
+
+    prompt: makes the text of the prompt where emphasised spans have to be found in it.
+
+    Raises SteeringError where the prompt is not one that the program can steer.
+    """
     params = request.sampling_params
     extra_args = {key: value for key, value in params.extra_args.items() if key != EXTRA_ARG}
-    if steering is not None and not steering.program.is_identity:
-        extra_args[EXTRA_ARG] = {
-            "report_id": steering.report_id,
-            **encode_program(steering.program),
-        }
-        request.cache_salt = cache_salt(request.cache_salt, steering.program)
+    if steering is not None:
+        program = steering.program
+        facts = prompt_facts(request, steering, prompt)
+        if not program.is_identity:
+            extra_args[EXTRA_ARG] = {
+                "report_id": steering.report_id,
+                **encode_program(program),
+                "facts": encode_facts(facts),
+                "cache_keys": cache_keys(program, facts),
+            }
     params.extra_args = extra_args or None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from headway.server.engine import input_processor
+from headway.server.engine import cache_key, input_processor
 from headway.server.engine.config import is_enabled, unsupported_model
 
 WORKERS = {
@@ -29,10 +29,11 @@ SCHEDULERS = {
 
 
 def register() -> None:
-    """Install the front-end seams; calling it again changes nothing."""
+    """Install the seams of front end and engine core; calling it again changes nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
     input_processor.install()
+    cache_key.install()
     original = EngineArgs.create_engine_config
     if hasattr(original, "__wrapped__"):
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -12,7 +12,10 @@ class EngineReport:
 
     positions_computed: token positions the model ran for the request (prompt and output, without
         those taken from the prefix cache, with those computed again after preemption).
-    positions_edited: of these, how many went through every edited layer with the edit applied.
+    positions_edited: of these, how many lie in the scope of an edit and went through every edited
+        layer with the edit applied; by_scope: the same by query scope.
+    positions_missed: how many lie in the scope of an edit and did not.
+    readings: what `RequestReadings.as_dict` tells, where the program reads masses.
     """
 
     sequences: int = 0
@@ -20,15 +23,28 @@ class EngineReport:
     positions_edited: int = 0
     failed_stage: str | None = None
     failure: str | None = None
+    positions_missed: int = 0
+    by_scope: dict[str, int] = field(default_factory=dict)
+    readings: dict[str, Any] | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether every computed position was edited as asked, and there was one."""
+        """Whether every computed position in the scope of an edit was edited as asked."""
         return (
             self.failed_stage is None
-            and self.positions_edited > 0
-            and self.positions_edited == self.positions_computed
+            and self.positions_computed > 0
+            and self.positions_missed == 0
+            and self.by_scope.get("all", self.positions_computed) == self.positions_computed
         )
+
+    @property
+    def coverage(self) -> str:
+        """What is wrong with the counts of a report that is not complete, in words."""
+        computed = f"{self.positions_computed} computed positions"
+        if self.positions_missed:
+            return f"{self.positions_missed} of {computed} lack an edit"
+        edited = self.by_scope.get("all", self.positions_edited)
+        return f"{edited} of {computed} were edited"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the RPC to the front end."""
@@ -36,10 +52,26 @@ class EngineReport:
 
     def merge(self, other: EngineReport) -> EngineReport:
         """The sum over sequences of one request."""
+        scopes = {*self.by_scope, *other.by_scope}
         return EngineReport(
             self.sequences + other.sequences,
             self.positions_computed + other.positions_computed,
             self.positions_edited + other.positions_edited,
             self.failed_stage or other.failed_stage,
             self.failure or other.failure,
+            self.positions_missed + other.positions_missed,
+            {scope: self.by_scope.get(scope, 0) + other.by_scope.get(scope, 0) for scope in scopes},
+            merge_readings([self.readings, other.readings]),
         )
+
+
+def merge_readings(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Readings of several ranks, each with heads of its own, or of several engines."""
+    known = [part for part in parts if part]
+    if not known:
+        return None
+    return {
+        "met": sum(part["met"] for part in known),
+        "considered": sum(part["considered"] for part in known),
+        "masses": [entry for part in known for entry in part["masses"]],
+    }

@@ -17,9 +17,14 @@ __all__ = ["EXTRA_ARG", "SteeringRequest", "attach"]
 
 @dataclass(frozen=True)
 class SteeringRequest:
-    """A compiled program on its way to the engine, and the key its report is kept under."""
+    """A compiled program on its way to the engine, and the key its report is kept under.
+
+    messages: the text of each chat message, None where the prompt is no chat; emphasised spans
+    refer to them.
+    """
 
     program: SteeringProgram
+    messages: tuple[str, ...] | None = None
     report_id: str = field(default_factory=lambda: uuid4().hex)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteeringRequest:

@@ -1,4 +1,9 @@
-"""Device tables: the edits of the requests being run, one slot each."""
+"""Device tables: the edits of the requests being run.
+
+A request takes a slot for every set of its edits that is active together: most have one, a request
+whose edits differ between prompt and output has two. Requests whose keys have tags by position
+take a row of the tag table as well.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,33 @@ import numpy as np
 import torch
 
 from headway.steering import ModelGeometry
-from headway.steering.head_words import HeadField, HeadWords
-from headway.steering.program import HeadEdit
+from headway.steering.head_words import HeadField, HeadWords, KeyTag
+from headway.steering.positions import PromptFacts
+
+SLOTS_PER_REQUEST = 4
+"""Query scopes are nested, so a request has at most this many sets of active edits."""
 
 
 class SlotTables:
-    """Affine head edits of up to `capacity` requests, for the layers and heads of one worker.
+    """Head words of up to `max_num_seqs` requests, for the layers and heads of one worker.
 
     layers: the layers of this pipeline stage (all by default); rank and world_size: of the
-    tensor-parallel group, which splits the query heads evenly.
+    tensor-parallel group, which splits the query heads evenly; max_len: longest sequence.
 
     scale: float32 [num_layers, capacity, local heads].
     shift: layer -> float32 [capacity, local heads, head_size], made when a layer first needs it.
-    edited: bool [capacity, num_layers], on the host: which layers a slot edits at all.
+    words: layer -> float32 [capacity, local heads, SCALE], the columns of the head word before
+        the affine ones; made when a layer first needs it.
+    tags: uint8 [max_num_seqs, max_len], bits of KeyTag by position, made when first needed.
+    affine, shifted, attends: bool [capacity, num_layers], on the host: what a slot edits where.
+    conditional: bool [capacity, num_layers, local heads], on the host: words with a condition.
     """
 
     def __init__(
         self,
         geometry: ModelGeometry,
-        capacity: int,
+        max_num_seqs: int,
+        max_len: int = 0,
         layers: range | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -33,44 +46,91 @@ class SlotTables:
         if geometry.num_heads % world_size:
             raise ValueError(f"{geometry.num_heads} heads do not divide over {world_size} ranks")
         local = geometry.num_heads // world_size
+        capacity = max_num_seqs * SLOTS_PER_REQUEST
         self.geometry = geometry
         self.heads = slice(rank * local, (rank + 1) * local)
+        self.layers = layers or range(geometry.num_layers)
+        self.max_num_seqs, self.max_len = max_num_seqs, max_len
         self.scale = torch.ones(geometry.num_layers, capacity, local, device=device)
         self.shift: dict[int, torch.Tensor] = {}
-        self.layers = layers or range(geometry.num_layers)
-        self.edited = np.zeros((capacity, geometry.num_layers), dtype=bool)
-        self.shifted = np.zeros((capacity, geometry.num_layers), dtype=bool)
+        self.words: dict[int, torch.Tensor] = {}
+        self.tags: torch.Tensor | None = None
+        self.affine, self.shifted, self.attends = np.zeros(
+            (3, capacity, geometry.num_layers), dtype=bool
+        )
+        self.conditional = np.zeros((capacity, geometry.num_layers, local), dtype=bool)
         self._free = list(range(capacity - 1, -1, -1))
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
     def capacity(self) -> int:
         """Number of slots."""
-        return self.edited.shape[0]
+        return self.attends.shape[0]
+
+    @property
+    def local_heads(self) -> int:
+        """Query heads of this rank."""
+        return self.scale.shape[2]
 
     @property
     def num_used(self) -> int:
-        """Slots that hold a request."""
+        """Slots that are taken."""
         return self.capacity - len(self._free)
 
-    def acquire(self, edits: tuple[HeadEdit, ...]) -> int:
-        """Upload the edits of a request and return its slot.
+    def acquire(self, words: HeadWords) -> int:
+        """Upload the head words of one set of active edits and return its slot.
 
-        Raises RuntimeError if all slots are taken, ValueError for edits these tables cannot hold;
+        Raises RuntimeError if all slots are taken, ValueError for words these tables cannot hold;
         no slot is taken then.
         """
-        words = _affine_words(edits)
         if not self._free:
             raise RuntimeError(f"all {self.capacity} steering slots are taken")
         slot = self._free[-1]
+        own = np.zeros(self.geometry.num_layers, dtype=bool)
+        own[self.layers] = True
+        # A layer counts as edited if any of its heads is, so that all ranks count alike.
+        self.attends[slot] = own & words.edits_attention.any(axis=-1)
+        self.shifted[slot] = own & (words.table[..., HeadField.SHIFT_INDEX] >= 0).any(axis=-1)
+        scaled = (words.table[..., HeadField.SCALE] != 1).any(axis=-1)
+        self.affine[slot] = own & scaled | self.shifted[slot]
+        self.conditional[slot] = words.is_conditional[:, self.heads]
         scale = words.table[:, self.heads, HeadField.SCALE]
         self.scale[:, slot] = torch.from_numpy(np.ascontiguousarray(scale))
-        # A layer counts as edited if any of its heads is, so that all ranks count alike.
-        shifted_heads = words.table[..., HeadField.SHIFT_INDEX] >= 0
-        for flags, heads in ((self.edited, words.edited), (self.shifted, shifted_heads)):
-            for layer in self.layers:
-                flags[slot, layer] = heads[layer].any()
         self._upload_shifts(slot, words)
+        for layer in np.flatnonzero(self.attends[slot]).tolist():
+            fields = words.table[layer, self.heads, : HeadField.SCALE]
+            self._layer_words(layer)[slot] = torch.from_numpy(np.ascontiguousarray(fields))
         return self._free.pop()
+
+    def acquire_tags(self, facts: PromptFacts) -> int:
+        """Upload the tags of a request's positions and return their row.
+
+        Raises RuntimeError if all rows are taken, ValueError for a prompt that is too long.
+        """
+        if not self._free_rows:
+            raise RuntimeError(f"all {self.max_num_seqs} rows of tags are taken")
+        if facts.prompt_len > self.max_len:
+            raise ValueError(f"a prompt of {facts.prompt_len}, longer than {self.max_len} tokens")
+        if self.tags is None:
+            shape = self.max_num_seqs, self.max_len
+            self.tags = torch.zeros(shape, dtype=torch.uint8, device=self.scale.device)
+        row = self._free_rows[-1]
+        tags = np.zeros(self.max_len, dtype=np.uint8)
+        for tag, ranges in ((KeyTag.IMAGE, facts.image_tokens), (KeyTag.EMPHASISED, facts.marks)):
+            for start, stop in ranges:
+                tags[start:stop] |= tag
+        self.tags[row] = torch.from_numpy(tags)
+        return self._free_rows.pop()
+
+    def release(self, slot: int) -> None:
+        """Give a slot back; its rows are overwritten by the next `acquire`."""
+        for flags in (self.affine, self.shifted, self.attends):
+            flags[slot] = False
+        self._free.append(slot)
+
+    def release_tags(self, row: int) -> None:
+        """Give a row of tags back."""
+        self._free_rows.append(row)
 
     def _upload_shifts(self, slot: int, words: HeadWords) -> None:
         layers = np.flatnonzero(self.shifted[slot]).tolist()
@@ -81,20 +141,14 @@ class SlotTables:
             if shift is not None:
                 table[slot] = torch.from_numpy(np.ascontiguousarray(shift[layer, self.heads]))
 
-    def release(self, slot: int) -> None:
-        """Give a slot back; its rows are overwritten by the next `acquire`."""
-        self.edited[slot] = False
-        self.shifted[slot] = False
-        self._free.append(slot)
-
     def _layer_shift(self, layer: int) -> torch.Tensor:
         if layer not in self.shift:
-            shape = (self.capacity, self.scale.shape[2], self.geometry.head_size)
+            shape = (self.capacity, self.local_heads, self.geometry.head_size)
             self.shift[layer] = torch.zeros(shape, device=self.scale.device)
         return self.shift[layer]
 
-
-def _affine_words(edits: tuple[HeadEdit, ...]) -> HeadWords:
-    if len(edits) != 1 or not edits[0].words.is_affine:
-        raise ValueError("these tables hold one affine edit of all positions per request")
-    return edits[0].words
+    def _layer_words(self, layer: int) -> torch.Tensor:
+        if layer not in self.words:
+            shape = (self.capacity, self.local_heads, int(HeadField.SCALE))
+            self.words[layer] = torch.zeros(shape, device=self.scale.device)
+        return self.words[layer]

@@ -11,16 +11,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
+import numpy as np
+
+from headway.server.engine.attention_layout import Span
+from headway.server.engine.readings import Readings, RequestReadings
 from headway.server.engine.report import EngineReport
+from headway.server.engine.sinks import SinkRows, SinkTags
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.statistics import StepSeconds
-from headway.server.engine.step_plan import RowLayout, Span, StepPlan
+from headway.server.engine.step_plan import RowLayout, StepPlan
 from headway.steering import ModelGeometry
-from headway.steering.program import HeadEdit
-from headway.steering.wire import decode_head_edits
+from headway.steering.head_words import HeadWords, KeyTag
+from headway.steering.positions import PromptFacts, Run, runs
+from headway.steering.program import Readout, SteeringProgram
+from headway.steering.wire import decode_facts, decode_program
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +38,62 @@ MAX_REPORTS = 4096
 
 @dataclass
 class SteeredRequest:
-    """One sequence being steered. `slot` is None while it is not in the batch."""
+    """One sequence being steered.
+
+    slots: set of active edits -> slot, tag_row: row of its tags; held while it is in the batch.
+    sink_layers: bool [num_layers], where its key classes ask for sinks.
+    """
 
     report_id: str
-    edits: tuple[HeadEdit, ...] = ()
-    slot: int | None = None
+    program: SteeringProgram = field(default_factory=SteeringProgram)
+    facts: PromptFacts = field(default_factory=lambda: PromptFacts(0))
+    slots: dict[tuple[int, ...], int] = field(default_factory=dict)
+    tag_row: int | None = None
+    has_tags: bool = False
+    sink_layers: np.ndarray | None = None
+    reads: bool = False
+
+    def prepare(self, payload: dict[str, Any], geometry: ModelGeometry, layers: range) -> None:
+        """Take over an encoded program for a worker that runs these layers."""
+        self.program = decode_program(payload, geometry)
+        self.facts = decode_facts(payload["facts"])
+        words = [edit.words for edit in self.program.head_edits]
+        if self.program.sink_rule is not None:
+            self.sink_layers = np.zeros(geometry.num_layers, dtype=bool)
+            asked = np.any([each.mentions(KeyTag.SINK).any(axis=-1) for each in words], axis=0)
+            self.sink_layers[layers] = asked[layers]
+        self.reads = bool(self.program.readouts) or any(each.is_conditional.any() for each in words)
+        self.has_tags = (
+            self.program.mentions(KeyTag.IMAGE)
+            or self.program.mentions(KeyTag.EMPHASISED)
+            or (self.reads and bool(self.facts.image_tokens))
+        )
+
+    def words(self, active: Iterable[int]) -> HeadWords:
+        """The composition of some of its edits."""
+        return reduce(HeadWords.then, [self.program.head_edits[index].words for index in active])
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """The rows of one steered request in a step, and the position of the first of them."""
+
+    request_id: str
+    index: int
+    start: int
+    count: int
+    position: int
+
+
+@dataclass
+class _Step:
+    """What the requests of a step add up to."""
+
+    spans: list[Span] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    sink_rows: list[SinkRows] = field(default_factory=list)
+    readings: list[tuple[Span, RequestReadings, int]] = field(default_factory=list)
+    mass_rows: int = 0
 
 
 class SteeringState:
@@ -45,6 +104,8 @@ class SteeringState:
         self.tables = tables
         self.requests: dict[str, SteeredRequest] = {}
         self.reports: OrderedDict[str, EngineReport] = OrderedDict()
+        self.readings: dict[str, RequestReadings] = {}
+        self.sink_tags = SinkTags()
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
         self._layout: RowLayout | None = None
@@ -56,7 +117,7 @@ class SteeringState:
         self._report(request).sequences += 1
         self.requests[request_id] = request
         with self.guard("decode", [request_id]):
-            request.edits = decode_head_edits(payload, self.geometry)
+            request.prepare(payload, self.geometry, self.tables.layers)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended; their reports stay until asked for."""
@@ -68,46 +129,73 @@ class SteeringState:
                 self._release(request)
             self._failed.discard(request_id)
 
+    @property
+    def num_placed(self) -> int:
+        """Steered requests that are in the batch and hold slots."""
+        return sum(bool(request.slots) for request in self.requests.values())
+
     def plan_step(
-        self, request_ids: Sequence[str], num_scheduled_tokens: Sequence[int]
+        self,
+        request_ids: Sequence[str],
+        num_scheduled_tokens: Sequence[int],
+        num_computed_tokens: Sequence[int],
     ) -> StepPlan | None:
-        """The plan of a step over these requests, in batch order; None if none is steered."""
+        """The plan of a step over these requests, in batch order; None if none is steered.
+
+        num_computed_tokens: the position of the first row of each request.
+        """
         if not self.requests:
             return None
         started = time.perf_counter()
-        rows: dict[str, tuple[int, int]] = {}
+        scheduled = []
         start = 0
-        for request_id, count in zip(request_ids, num_scheduled_tokens, strict=True):
+        for index, request_id in enumerate(request_ids):
+            count = int(num_scheduled_tokens[index])
             if request_id in self.requests:
-                rows[request_id] = start, start + int(count)
-            start += int(count)
-        for request_id in self.requests.keys() - rows.keys():
+                position = int(num_computed_tokens[index])
+                scheduled.append(Scheduled(request_id, index, start, count, position))
+            start += count
+        for request_id in self.requests.keys() - {each.request_id for each in scheduled}:
             self._release(self.requests[request_id])
-        spans = []
-        for request_id, (start, stop) in rows.items():
-            request = self.requests[request_id]
-            self._report(request).positions_computed += stop - start
-            with self.guard("slot", [request_id]):
-                if request_id not in self._failed:
-                    spans.append(Span(request_id, self._slot(request), start, stop))
-        if not spans:
+        step = _Step()
+        for each in scheduled:
+            self._report(self.requests[each.request_id]).positions_computed += each.count
+            with self.guard("slot", [each.request_id]):
+                if each.request_id not in self._failed:
+                    self._plan_request(each, step)
+        if not step.spans and not step.sink_rows:
             return None
-        plan = StepPlan(self.tables, self._lay_out(tuple(spans)))
+        plan = StepPlan(
+            self.tables,
+            self._lay_out(tuple(step.spans)),
+            np.array(step.positions, dtype=np.int32),
+            tuple(step.sink_rows),
+            self.sink_tags,
+            Readings(self.tables, step.readings, step.mass_rows) if step.readings else None,
+        )
         plan.seconds = time.perf_counter() - started
         return plan
 
     def close_step(self, plan: StepPlan) -> None:
         """Count what a step did, after its forward pass."""
-        missed = plan.layout.layers - plan.layers_done
+        for item in (*plan.layout.spans, *plan.sink_rows):
+            error = plan.failures.get(item.request_id)
+            if error is None and (missed := plan.missed(item)):
+                error = RuntimeError(f"an edit did not run on layers {missed}")
+            if error is not None:
+                self._fail(item.request_id, "edit", error)
         for span in plan.layout.spans:
-            error = plan.failures.get(span.request_id)
-            if missed and error is None and self.tables.edited[span.slot, list(missed)].any():
-                error = RuntimeError(f"no attention edit ran on layers {sorted(missed)}")
-            if error is None:
-                request = self.requests[span.request_id]
-                self._report(request).positions_edited += span.stop - span.start
-            else:
-                self._fail(span.request_id, "edit", error)
+            request = self.requests[span.request_id]
+            report, count = self._report(request), span.stop - span.start
+            if span.request_id in self._failed:
+                report.positions_missed += count
+                continue
+            report.positions_edited += count
+            active = next(key for key, slot in request.slots.items() if slot == span.slot)
+            for scope in {str(request.program.head_edits[index].scope) for index in active}:
+                report.by_scope[scope] = report.by_scope.get(scope, 0) + count
+        if plan.readings is not None:
+            plan.readings.flush()
         self.step_seconds.observe(plan.seconds)
 
     def take_failed(self) -> tuple[str, ...]:
@@ -120,7 +208,11 @@ class SteeringState:
 
     def pop_report(self, report_id: str) -> EngineReport | None:
         """The report of a request, forgotten by asking for it."""
-        return self.reports.pop(report_id, None)
+        report = self.reports.pop(report_id, None)
+        readings = self.readings.pop(report_id, None)
+        if report is not None and readings is not None:
+            report.readings = readings.as_dict(self.tables.heads)
+        return report
 
     @contextmanager
     def guard(self, stage: str, request_ids: Iterable[str] | None = None) -> Iterator[None]:
@@ -134,11 +226,63 @@ class SteeringState:
             for request_id in list(self.requests if request_ids is None else request_ids):
                 self._fail(request_id, stage, error)
 
-    def _slot(self, request: SteeredRequest) -> int:
-        if request.slot is None:
-            request.slot = self.tables.acquire(request.edits)
+    def _plan_request(self, each: Scheduled, step: _Step) -> None:
+        """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
+        request = self.requests[each.request_id]
+        facts, stop = request.facts, each.position + each.count
+        scopes = [edit.scope for edit in request.program.head_edits]
+        pieces = [run for run in runs(scopes, facts, each.position, stop) if run.active]
+        spans, readings, mass_rows = [], [], step.mass_rows
+        for run in pieces:
+            slot = self._slot(request, run)
+            reads = request.reads and bool(self.tables.attends[slot].any())
+            span = Span(
+                each.request_id,
+                slot,
+                each.start + run.start - each.position,
+                each.start + run.stop - each.position,
+                each.index,
+                each.count,
+                facts.prompt_len,
+                self._tag_row(request),
+                mass_rows if reads else -1,
+            )
+            spans.append(span)
+            if reads:
+                mass_rows += run.stop - run.start
+                outputs_from = max(facts.prompt_len - run.start, 0)
+                kept = self._readings(request)
+                kept.outputs += max(run.stop - run.start - outputs_from, 0)
+                readings.append((span, kept, outputs_from))
+        if request.sink_layers is not None and each.position < facts.prompt_len:
+            rows = min(stop, facts.prompt_len) - each.position
+            rule = request.program.sink_rule
+            assert rule is not None
+            step.sink_rows.append(
+                SinkRows(each.request_id, rule, each.start, each.start + rows, request.sink_layers)
+            )
+        step.spans += spans
+        step.positions += [run.start for run in pieces]
+        step.readings += readings
+        step.mass_rows = mass_rows
+
+    def _slot(self, request: SteeredRequest, run: Run) -> int:
+        if run.active not in request.slots:
+            request.slots[run.active] = self.tables.acquire(request.words(run.active))
             self._layout = None
-        return request.slot
+        return request.slots[run.active]
+
+    def _tag_row(self, request: SteeredRequest) -> int:
+        if not request.has_tags:
+            return -1
+        if request.tag_row is None:
+            request.tag_row = self.tables.acquire_tags(request.facts)
+            self._layout = None
+        return request.tag_row
+
+    def _readings(self, request: SteeredRequest) -> RequestReadings:
+        wants = Readout.CLASS_MASSES in request.program.readouts
+        return self.readings.setdefault(request.report_id, RequestReadings(wants))
 
     def _lay_out(self, spans: tuple[Span, ...]) -> RowLayout:
         # In steady decode the batch does not change, and neither does its layout.
@@ -147,15 +291,21 @@ class SteeringState:
         return self._layout
 
     def _release(self, request: SteeredRequest) -> None:
-        if request.slot is not None:
-            self.tables.release(request.slot)
-            request.slot = None
-            self._layout = None
+        if not request.slots and request.tag_row is None:
+            return
+        for slot in request.slots.values():
+            self.tables.release(slot)
+        request.slots.clear()
+        if request.tag_row is not None:
+            self.tables.release_tags(request.tag_row)
+            request.tag_row = None
+        self._layout = None
 
     def _report(self, request: SteeredRequest) -> EngineReport:
         report = self.reports.setdefault(request.report_id, EngineReport())
         while len(self.reports) > MAX_REPORTS:
-            self.reports.popitem(last=False)
+            forgotten, _ = self.reports.popitem(last=False)
+            self.readings.pop(forgotten, None)
         return report
 
     def _fail(self, request_id: str, stage: str, error: Exception) -> None:

@@ -1,40 +1,37 @@
 """What steering does in one engine step: which rows of the batch belong to which slot.
 
-The runner adapter makes a plan before the forward pass, the attention layers carry it out, and
-the adapter closes it afterwards. `current` is the one place where they meet: it has one writer,
-the adapter.
+The runner adapter makes a plan before the forward pass, the layers carry it out, and the adapter
+closes it afterwards. `current` is the one place where they meet: it has one writer, the adapter.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from headway.kernels.head_affine import Rows, head_affine_
+from headway.server.engine.attention_layout import AttentionCall, AttentionLayout, Span
+from headway.server.engine.readings import Readings
+from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
 from headway.server.engine.slots import SlotTables
 
 GATHER_LIMIT = 1 << 22
 """Largest number of scales gathered for all layers at once; beyond it, layer by layer."""
 
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive rows of the batch that belong to one steered request."""
-
-    request_id: str
-    slot: int
-    start: int
-    stop: int
+Item = TypeVar("Item", Span, SinkRows)
 
 
 @dataclass
 class RowLayout:
     """The rows of some spans, laid out for the kernels; kept while the batch stays the same.
 
-    rows: the rows to edit; slots: int64 [num_rows], the slot of each; layers: edited by any.
+    rows: the rows to scale and shift; slots: int64 [num_rows], the slot of each; layers: scaled or
+    shifted by any.
     """
 
     spans: tuple[Span, ...]
@@ -43,22 +40,23 @@ class RowLayout:
     layers: frozenset[int]
     shift_layers: frozenset[int]
     scale: torch.Tensor | None  # [num_layers, num_rows, heads] where it was gathered at once
+    attention: AttentionLayout
 
     @classmethod
     def of(cls, spans: tuple[Span, ...], tables: SlotTables) -> RowLayout:
         """Lay out spans given in ascending order of rows."""
-        index = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         counts = [span.stop - span.start for span in spans]
         used = [span.slot for span in spans]
+        index = np.concatenate([np.arange(span.start, span.stop) for span in spans] or [[0]])
         slots = torch.from_numpy(np.repeat(np.array(used, dtype=np.int64), counts))
         contiguous = index[-1] - index[0] + 1 == len(index)
         rows = slice(int(index[0]), int(index[-1]) + 1) if contiguous else torch.from_numpy(index)
+        layers = np.flatnonzero(tables.affine[used].any(axis=0))
+        shift_layers = np.flatnonzero(tables.shifted[used].any(axis=0))
         num_layers, _, heads = tables.scale.shape
         gathered = None
-        if num_layers * len(index) * heads <= GATHER_LIMIT:
+        if len(layers) and num_layers * len(index) * heads <= GATHER_LIMIT:
             gathered = tables.scale.index_select(1, slots)
-        layers = np.flatnonzero(tables.edited[used].any(axis=0))
-        shift_layers = np.flatnonzero(tables.shifted[used].any(axis=0))
         return cls(
             spans,
             rows,
@@ -66,6 +64,7 @@ class RowLayout:
             frozenset(layers.tolist()),
             frozenset(shift_layers.tolist()),
             gathered,
+            AttentionLayout(spans, tables),
         )
 
 
@@ -73,16 +72,91 @@ class RowLayout:
 class StepPlan:
     """One step's plan and what came of it.
 
+    positions: int32 [num_spans], the position of the first row of each span. sink_rows: prompt
+    rows whose sinks must be tagged; sink_tags: where the tags live.
     failures: request id -> error, for requests whose edit raised in this step.
-    layers_done: layers whose edit ran.
+    affine_done, attention_done, sinks_done: layers at which that ran.
     seconds: time spent in steering code during this step.
     """
 
     tables: SlotTables
     layout: RowLayout
+    positions: np.ndarray
+    sink_rows: tuple[SinkRows, ...]
+    sink_tags: SinkTags
+    readings: Readings | None = None
     seconds: float = 0.0
     failures: dict[str, Exception] = field(default_factory=dict)
-    layers_done: set[int] = field(default_factory=set)
+    affine_done: set[int] = field(default_factory=set)
+    attention_done: set[int] = field(default_factory=set)
+    sinks_done: set[int] = field(default_factory=set)
+    _flags: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def attends(self, layer: int) -> bool:
+        """Whether attention weights are edited, or sinks tagged, at a layer in this step."""
+        return layer in self.layout.attention.layers or any(
+            rows.layers[layer] for rows in self.sink_rows
+        )
+
+    def observe_residual(
+        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        """Find the sinks among the prompt rows of this step; never raises.
+
+        The residual stream that enters the layer is hidden_states + residual, both [num_tokens,
+        hidden_size].
+        """
+        rows = [each for each in self.sink_rows if each.layers[layer]]
+        if not rows:
+            return
+        started = time.perf_counter()
+        flags = torch.zeros(len(hidden_states), dtype=torch.uint8)
+        self._each(rows, lambda each: sink_flags(each, hidden_states, residual, flags))
+        self._flags[layer] = flags
+        self.seconds += time.perf_counter() - started
+
+    def edit_attention(
+        self, layer: int, call: AttentionCall, base: Callable[[torch.Tensor | None], None]
+    ) -> None:
+        """Compute a layer's attention with the edits of this step; never raises for an edit.
+
+        base: runs the base kernel on all rows, given the sequence lengths to pretend (None for the
+        true ones). Where this plan edits all rows of a sequence the kernel is told that it has no
+        keys but the new ones, and where it edits all rows of the step it is not run at all.
+        """
+        layout, started = self.layout.attention, time.perf_counter()
+        rows = [each for each in self.sink_rows if each.layers[layer]]
+        if rows:
+            flags = self._flags.pop(layer, None)
+            self._each(rows, lambda each: self.sink_tags.write(each, layer, flags, call))
+            self.sinks_done.add(layer)
+        if layer not in layout.layers:
+            self.seconds += time.perf_counter() - started
+            base(None)
+            return
+        group = layout.group(layer)
+        seq_lens = group.base_seq_lens(self, call.seq_lens)
+        self.seconds += time.perf_counter() - started
+        if seq_lens is not None:
+            base(seq_lens)
+        started = time.perf_counter()
+        slot_tags = self.sink_tags.layer(layer)
+        try:
+            masses = self.readings.buffer(layer) if self.readings else None
+            group.run(self, layer, call, slot_tags, masses)
+            failed = False
+        except Exception:
+            failed = True
+        self.seconds += time.perf_counter() - started
+        if failed:
+            # Every row gets its unedited attention, then one request after the other its edit, to
+            # find whose fault it is.
+            base(None)
+            self._each(
+                [span for span in self.layout.spans if self.tables.attends[span.slot, layer]],
+                lambda span: layout.alone(span).run(self, layer, call, slot_tags, None),
+            )
+        self.attention_done.add(layer)
 
     def edit_head_outputs(self, layer: int, output: torch.Tensor) -> None:
         """Apply the affine edits of a layer to its attention output, in place; never raises.
@@ -100,19 +174,28 @@ class StepPlan:
             )
         except Exception:
             # Nothing was written yet: once more, request by request, to find whose edit it is.
-            self._edit_each(layer, output)
-        self.layers_done.add(layer)
+            self._each(layout.spans, lambda span: self._edit_span(layer, output, span))
+        self.affine_done.add(layer)
         self.seconds += time.perf_counter() - started
 
-    def _edit_each(self, layer: int, output: torch.Tensor) -> None:
-        for span in self.layout.spans:
-            rows = slice(span.start, span.stop)
-            slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int64)
-            shifted = bool(self.tables.shifted[span.slot, layer])
+    def missed(self, item: Item) -> list[int]:
+        """Layers at which something that a span, or sink rows, ask for did not run."""
+        if isinstance(item, SinkRows):
+            return _missing(item.layers, self.sinks_done)
+        affine, attends = self.tables.affine[item.slot], self.tables.attends[item.slot]
+        return _missing(affine, self.affine_done) + _missing(attends, self.attention_done)
+
+    def _each(self, items: list[Item] | tuple[Item, ...], run: Callable[[Item], None]) -> None:
+        for item in items:
             try:
-                self._edit(layer, output, rows, slots, shifted)
+                run(item)
             except Exception as error:
-                self.failures.setdefault(span.request_id, error)
+                self.failures.setdefault(item.request_id, error)
+
+    def _edit_span(self, layer: int, output: torch.Tensor, span: Span) -> None:
+        slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int64)
+        shifted = bool(self.tables.shifted[span.slot, layer])
+        self._edit(layer, output, slice(span.start, span.stop), slots, shifted)
 
     def _edit(
         self,
@@ -127,8 +210,12 @@ class StepPlan:
         if scale is None:
             scale = tables.scale[layer].index_select(0, slots)
         shift = tables.shift[layer].index_select(0, slots) if shifted else None
-        heads = output.view(output.shape[0], tables.scale.shape[2], -1)
+        heads = output.view(output.shape[0], tables.local_heads, -1)
         head_affine_(heads, rows, scale, shift)
+
+
+def _missing(wanted: np.ndarray, done: set[int]) -> list[int]:
+    return [layer for layer in np.flatnonzero(wanted).tolist() if layer not in done]
 
 
 @dataclass

@@ -20,8 +20,8 @@ class SteeringRpc:
         state = self.model_runner.steering
         return {
             "slots": {
-                "used": state.tables.num_used,
-                "free": state.tables.capacity - state.tables.num_used,
+                "used": state.num_placed,
+                "free": state.tables.max_num_seqs - state.num_placed,
             },
             "step_seconds": state.step_seconds.as_dict(),
         }

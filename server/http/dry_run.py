@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from headway.server.http.carriage import take_carriages
+from headway.server.http.prompts import check_prompt
 from headway.server.http.state import SteeringState
 from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.program import Feature
@@ -28,6 +29,7 @@ def compile_body(state: SteeringState, body: dict[str, Any]) -> SteeringProgram:
     steering = state.resolve(carriages, model if isinstance(model, str) else None, options)
     if steering is None:
         raise SteeringError(Reason.BAD_PARAM, "the request asks for no steering")
+    check_prompt(steering.program, body)
     return steering.program
 
 

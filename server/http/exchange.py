@@ -14,6 +14,7 @@ from headway.server.http import metrics
 from headway.server.http.requests import Steerable
 from headway.server.http.state import ResolvedSteering, SteeringState
 from headway.steering import Reason, SteeringError
+from headway.steering.program import AppliedMethod
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Exchange:
     """Follows one steered request. `open` and `close` it; ask for `complete` before answering.
 
     body: the request, already validated; its steering is attached here unless it changes nothing.
+    messages: the text of each chat message, None where the prompt is no chat.
     """
 
     def __init__(
@@ -38,14 +40,16 @@ class Exchange:
         steering: ResolvedSteering,
         body: Steerable,
         raw_request: Request,
+        messages: tuple[str, ...] | None = None,
     ) -> None:
         self.state = state
         self.steering = steering
         self.body = body
         self.raw_request = raw_request
-        self.request = SteeringRequest(steering.program)
+        self.request = SteeringRequest(steering.program, messages)
         self.usage: Any = None  # vLLM's, where the answer has it
         self._asked_workers = False
+        self._report: EngineReport | None = None
         self._outcome: str | None = None
         if not steering.program.is_identity:
             body.carry(self.request)
@@ -101,6 +105,10 @@ class Exchange:
             metrics.REQUESTS.labels(method=method, outcome=outcome).inc()
             metrics.TOKENS.labels(method=method, phase="prompt").inc(prompt)
             metrics.TOKENS.labels(method=method, phase="output").inc(output)
+        for applied in self.steering.program.applied:
+            rows = self._positions(applied) * applied.attention_layers
+            if rows:
+                metrics.ATTENTION_ROWS.labels(method=applied.method).inc(rows)
         if self.body.reached_engine and not self._asked_workers:
             # The client is gone and with it this task, but the workers still hold its report.
             task = asyncio.ensure_future(self._discard_report())
@@ -125,10 +133,10 @@ class Exchange:
     async def _pop_report(self) -> EngineReport | None:
         self._asked_workers = True
         try:
-            return await self.state.client.pop_report(self.request.report_id)
+            self._report = await self.state.client.pop_report(self.request.report_id)
         except Exception:
             logger.exception("no steering report for request %s", self.request_id)
-            return None
+        return self._report
 
     def _failure(self, report: EngineReport | None) -> SteeringError:
         if report is not None and report.failed_stage:
@@ -138,8 +146,7 @@ class Exchange:
             if report is None:
                 stage, why = "report", "the workers have no report of the request"
             else:
-                edited, computed = report.positions_edited, report.positions_computed
-                stage, why = "coverage", f"{edited} of {computed} computed positions were edited"
+                stage, why = "coverage", report.coverage
         metrics.FAILURES.labels(stage=stage).inc()
         message = f"steering failed at stage {stage}: {why} (request {self.request_id})"
         logger.error("%s", message)
@@ -150,7 +157,10 @@ class Exchange:
         echo: dict[str, Any] = {
             "fingerprint": program.fingerprint,
             "identity": program.is_identity,
-            "methods": [applied.as_dict() for applied in program.applied],
+            "methods": [
+                {**applied.as_dict(), "positions_edited": self._positions(applied)}
+                for applied in program.applied
+            ],
             "report": spec.report,
             "positions_edited": report.positions_edited if report else 0,
             "warnings": list(program.warnings),
@@ -160,7 +170,37 @@ class Exchange:
         if report is not None:
             echo["positions_computed"] = report.positions_computed
             echo["sequences"] = report.sequences
+            echo |= attention_echo(report.readings)
         return echo
+
+    def _positions(self, applied: AppliedMethod) -> int:
+        """How many positions a method edited."""
+        by_scope = self._report.by_scope if self._report else {}
+        return by_scope.get(str(applied.scope), 0)
+
+
+def attention_echo(readings: dict[str, Any] | None) -> dict[str, Any]:
+    """What an answer shows of the masses that were read in the workers.
+
+    image_centric_share: of the (query, head, layer) triples whose edit has a condition, the share
+    where it held. class_masses: per (layer, head), the masses of the edit's class A, class B and
+    of the image, at the last position and as the mean over the output positions.
+    """
+    echo: dict[str, Any] = {}
+    if readings and readings["considered"]:
+        echo["image_centric_share"] = readings["met"] / readings["considered"]
+    if readings and readings["masses"]:
+        names = ("class_a", "class_b", "image")
+        echo["class_masses"] = [
+            {
+                "layer": layer,
+                "head": head,
+                "last": dict(zip(names, last, strict=True)),
+                "output_mean": dict(zip(names, mean, strict=True)),
+            }
+            for layer, head, last, mean in sorted(readings["masses"])
+        ]
+    return echo
 
 
 async def forget_response(raw_request: Request, response_id: str) -> None:

@@ -31,6 +31,11 @@ ACTIVE = Gauge(
 TOKENS = Counter(
     "headway_tokens", "Tokens of steered requests by method and phase.", ["method", "phase"]
 )
+ATTENTION_ROWS = Counter(
+    "headway_attention_rows",
+    "Attention rows edited: positions times layers at which a method edits attention weights.",
+    ["method"],
+)
 REFUSED = Counter("headway_refused", "Steering requests refused, by reason.", ["reason"])
 FAILURES = Counter("headway_failures", "Steered requests that failed, by stage.", ["stage"])
 UNSTEERED = Counter(

@@ -29,6 +29,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from headway.server.http.exchange import Exchange
+from headway.server.http.prompts import check_prompt
 from headway.server.http.requests import (
     SteerableChatCompletionRequest,
     SteerableCompletionRequest,
@@ -122,7 +123,10 @@ async def answer(endpoint: Endpoint, body: Any, raw_request: Request) -> Any:
     if steering is None:
         return await endpoint.stock_route(body, raw_request)
     body.model = steering.model
-    return await answer_steered(Exchange(state, steering, body, raw_request), raw_request, endpoint)
+    # The parts of a message can be read only once from vLLM's request models; the JSON is kept.
+    messages = check_prompt(steering.program, await raw_request.json())
+    exchange = Exchange(state, steering, body, raw_request, messages)
+    return await answer_steered(exchange, raw_request, endpoint)
 
 
 @with_cancellation

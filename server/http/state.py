@@ -11,7 +11,7 @@ from fastapi import Request
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 from headway.server.engine.client import SteeringClient
-from headway.server.engine.config import unsupported_request
+from headway.server.engine.config import refuse_unsupported, unsupported_request
 from headway.server.http.carriage import Carriage, single, split_alias
 from headway.server.http.presets import Preset
 from headway.steering import (
@@ -97,6 +97,7 @@ class SteeringState:
         spec = carriage.spec()
         presets = {name: preset.methods for name, preset in self.presets.items()}
         program = compile_spec(spec, self.geometry, presets, carriage.param)
+        refuse_unsupported(program, self.vllm_config, carriage.param)
         reason = unsupported_request(self.vllm_config)
         if reason:
             raise SteeringError(Reason.UNSUPPORTED, reason, carriage.param)

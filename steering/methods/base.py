@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
-from headway.steering.program import HeadEdit
+from headway.steering.program import HeadEdit, SinkRule
+from headway.steering.spans import SpanSelector
 from headway.steering.validation import StrictModel
 
 HeadIndex = Annotated[
@@ -22,9 +23,16 @@ HeadIndex = Annotated[
 
 @dataclass(frozen=True)
 class CompiledMethod:
-    """One method, compiled: its edits, what to echo to the client, and warnings."""
+    """One method, compiled: its edits, what to echo to the client, and warnings.
+
+    sink_rule: which tokens its key classes mean by SINK. marks: which spans by EMPHASISED.
+    needs_image: whether it means nothing without an image.
+    """
 
     head_edits: tuple[HeadEdit, ...] = ()
+    sink_rule: SinkRule | None = None
+    marks: tuple[SpanSelector, ...] = ()
+    needs_image: bool = False
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -46,6 +54,59 @@ class Method(StrictModel):
         """
 
 
+def check_layers(layers: Sequence[int], geometry: ModelGeometry, param: str) -> list[int]:
+    """The layers, checked against the model and against repetition, in ascending order.
+
+    Raises SteeringError: E_LAYER_RANGE, or E_BAD_PARAM for none or a repeated one.
+    """
+    if not layers:
+        raise SteeringError(Reason.BAD_PARAM, "selects no layer", param)
+    for index, layer in enumerate(layers):
+        _check_layer(layer, geometry, f"{param}[{index}]")
+        if layer in layers[:index]:
+            message = f"layer {layer} is given twice"
+            raise SteeringError(Reason.BAD_PARAM, message, f"{param}[{index}]")
+    return sorted(layers)
+
+
+def select_heads(
+    heads: Literal["all"] | Sequence[Sequence[int]],
+    layers: str | Sequence[int],
+    default_layers: Iterable[int],
+    geometry: ModelGeometry,
+    param: str,
+) -> list[tuple[int, int]]:
+    """The (layer, head) pairs of a method with the options `heads` and `layers`.
+
+    Explicit heads stand for themselves; "all" means all heads of the layers, which are the
+    default ones where `layers` is a word. Raises SteeringError, also where both are explicit.
+    """
+    if heads == "all":
+        if isinstance(layers, str):
+            chosen = list(default_layers)
+        else:
+            chosen = check_layers(layers, geometry, f"{param}.layers")
+        return [(layer, head) for layer in chosen for head in range(geometry.num_heads)]
+    if not isinstance(layers, str):
+        message = "explicit heads name their layers; leave `layers` out"
+        raise SteeringError(Reason.BAD_PARAM, message, f"{param}.layers")
+    return check_heads(heads, geometry, f"{param}.heads")
+
+
+def describe_heads(
+    heads: Literal["all"] | Sequence[Sequence[int]], chosen: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """What to echo of a selection: its layers, and its heads where they were given one by one."""
+    explicit = "all" if heads == "all" else [list(pair) for pair in chosen]
+    return {"layers": sorted({layer for layer, _ in chosen}), "heads": explicit}
+
+
+def scaled_layers(first: int, last: int, geometry: ModelGeometry) -> range:
+    """Layers first .. last of a 32-layer model, at the same relative depth of this one."""
+    scale = geometry.num_layers / 32
+    return range(round(first * scale), min(round(last * scale), geometry.num_layers - 1) + 1)
+
+
 def check_heads(
     heads: Sequence[Sequence[int]], geometry: ModelGeometry, param: str
 ) -> list[tuple[int, int]]:
@@ -58,10 +119,7 @@ def check_heads(
     seen: set[tuple[int, int]] = set()
     for index, (layer, head) in enumerate(heads):
         where = f"{param}[{index}]"
-        if not 0 <= layer < geometry.num_layers:
-            allowed = f"0 .. {geometry.num_layers - 1}"
-            message = f"layer {layer} does not exist; this model has layers {allowed}"
-            raise SteeringError(Reason.LAYER_RANGE, message, f"{where}[0]")
+        _check_layer(layer, geometry, f"{where}[0]")
         if not 0 <= head < geometry.num_heads:
             allowed = f"0 .. {geometry.num_heads - 1}"
             message = f"head {head} does not exist; this model has query heads {allowed}"
@@ -71,3 +129,10 @@ def check_heads(
             raise SteeringError(Reason.BAD_PARAM, message, where)
         seen.add((layer, head))
     return sorted(seen)
+
+
+def _check_layer(layer: int, geometry: ModelGeometry, param: str) -> None:
+    if not 0 <= layer < geometry.num_layers:
+        allowed = f"0 .. {geometry.num_layers - 1}"
+        message = f"layer {layer} does not exist; this model has layers {allowed}"
+        raise SteeringError(Reason.LAYER_RANGE, message, param)

@@ -34,4 +34,5 @@ class HeadScale(Method):
             "scales": [list(entry) for entry in sorted(self.scales)],
             "scope": str(QueryScope.ALL),
         }
-        return CompiledMethod((HeadEdit(HeadWords.scaled(geometry, self.scales)),), details)
+        words = HeadWords.scaled(geometry, self.scales)
+        return CompiledMethod((HeadEdit(words),), details=details)

@@ -43,4 +43,4 @@ class VHR(Method):
             "heads": [list(head) for head in heads],
             "scope": str(QueryScope.ALL),
         }
-        return CompiledMethod((HeadEdit(words),), details)
+        return CompiledMethod((HeadEdit(words),), details=details)

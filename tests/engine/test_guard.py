@@ -36,15 +36,15 @@ def fail_in_kernel(monkeypatch) -> None:
 
 
 def fail_in_decode(monkeypatch) -> None:
-    original = steering_state.decode_head_edits
+    original = steering_state.decode_program
 
-    def decode_head_edits(wire, geometry):
+    def decode_program(wire, geometry):
         edits = original(wire, geometry)
         if (edits[0].words.table == BAD_ALPHA).any():
             raise KeyError("injected")
         return edits
 
-    monkeypatch.setattr(steering_state, "decode_head_edits", decode_head_edits)
+    monkeypatch.setattr(steering_state, "decode_program", decode_program)
 
 
 def fail_in_upload(monkeypatch) -> None:

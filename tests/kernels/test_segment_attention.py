@@ -66,6 +66,10 @@ class Batch:
     def total_rows(self) -> int:
         return sum(rows for _, rows in self.lengths)
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
     def positions(self, index: int) -> torch.Tensor:
         length, rows = self.lengths[index]
         return torch.arange(length - rows, length)
@@ -75,28 +79,34 @@ class Batch:
         position = torch.arange(self.lengths[index][0])
         block = self.block_table[index][position // self.block_size].long()
         slot = block * self.block_size + position % self.block_size
-        output = torch.where(position >= self.prompt_len[index], int(Tag.OUTPUT), 0)
-        return self.tags[index][position] | self.slot_tags[slot].long() | output
+        is_output = position >= self.prompt_len[index]
+        late = torch.where(is_output, int(Tag.OUTPUT), self.slot_tags[slot].long())
+        return self.tags[index][position] | late
 
     def run(self, words: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
         output = torch.full_like(self.query, 7.0)
         masses = torch.full((self.total_rows, self.query.shape[1], len(Mass)), torch.nan)
         rows = torch.tensor([rows for _, rows in self.lengths])
         position = torch.tensor([length - rows for length, rows in self.lengths])
+        # Tables have rows of their own order, as the tables of an engine do.
+        order = torch.arange(len(rows)).flip(0)
         sequences = Sequences(
             self.first_row.int(),
             rows.int(),
             position.int(),
             self.prompt_len.int(),
-            self.block_table,
-            self.tags.to(torch.uint8),
+            table_row=order.int(),
+            tag_row=order.int(),
+            mass_row=(rows.cumsum(0) - rows).int(),
         )
         segment_attention(
             self.query,
             self.cache,
             output,
+            self.block_table.flip(0).contiguous(),
             sequences,
             words,
+            tags=self.tags.flip(0).to(torch.uint8).contiguous(),
             slot_tags=self.slot_tags,
             masses=masses,
             **options,
@@ -104,7 +114,7 @@ class Batch:
         return output, masses
 
     def expect(self, words: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        output, masses, done = torch.full(self.query.shape, 7.0), [], 0
+        output, masses = torch.full(self.query.shape, 7.0), []
         for index, (_, rows) in enumerate(self.lengths):
             start = int(self.first_row[index])
             z, mass = segment_attention_reference(
@@ -113,30 +123,30 @@ class Batch:
                 self.values[index],
                 self.positions(index),
                 self.key_tags(index),
-                words[done : done + rows],
+                words[index].expand(rows, -1, -1),
                 **options,
             )
             output[start : start + rows] = z
             masses.append(mass)
-            done += rows
         return output, torch.cat(masses)
 
 
-def identity_words(rows: int, heads: int) -> torch.Tensor:
-    words = torch.zeros(rows, heads, len(Field))
+def identity_words(sequences: int, heads: int) -> torch.Tensor:
+    words = torch.zeros(sequences, heads, len(Field))
     words[..., [Field.GAMMA, Field.GAIN_B, Field.SCALE]] = 1.0
     words[..., Field.SHIFT_INDEX] = -1
     return words
 
 
-def draw_words(seed: int, rows: int, heads: int) -> torch.Tensor:
+def draw_words(seed: int, sequences: int, heads: int) -> torch.Tensor:
     """Every field drawn, each used in about half of the words; conditions away from their edges."""
     draw = torch.Generator().manual_seed(seed)
-    words = identity_words(rows, heads)
+    words = identity_words(sequences, heads)
+    shape = sequences, heads
 
     def maybe(field: Field, values: list[float], share: float = 0.5) -> None:
-        chosen = torch.tensor(values)[torch.randint(len(values), (rows, heads), generator=draw)]
-        use = torch.rand(rows, heads, generator=draw) < share
+        chosen = torch.tensor(values)[torch.randint(len(values), shape, generator=draw)]
+        use = torch.rand(shape, generator=draw) < share
         words[..., field] = torch.where(use, chosen, words[..., field])
 
     maybe(Field.GAMMA, [0.0, 0.5, 1.5], 0.3)
@@ -187,7 +197,7 @@ def test_float32_equals_the_formula(seed, shape, lengths, options):
     if shape["group"] == 50:
         lengths = [(length, min(rows, 4)) for length, rows in lengths[:2]]
     batch = Batch(seed, torch.float32, shape, lengths)
-    words = draw_words(seed, batch.total_rows, shape["num_heads"])
+    words = draw_words(seed, batch.num_sequences, shape["num_heads"])
     (got, masses), (want, want_masses) = batch.run(words, **options), batch.expect(words, **options)
     sure = on_one_side(want_masses, masses)
     torch.testing.assert_close(masses[..., :3], want_masses[..., :3], atol=1e-5, rtol=1e-5)
@@ -199,7 +209,7 @@ def test_float32_equals_the_formula(seed, shape, lengths, options):
 def test_bfloat16_equals_the_formula(seed, shape, lengths, options):
     lengths = [(length, min(rows, 4)) for length, rows in lengths[:3]]
     batch = Batch(seed, torch.bfloat16, shape, lengths)
-    words = draw_words(seed, batch.total_rows, shape["num_heads"])
+    words = draw_words(seed, batch.num_sequences, shape["num_heads"])
     (got, masses), (want, want_masses) = batch.run(words, **options), batch.expect(words, **options)
     # 2e-2 of the largest value in a row: z is rounded to bfloat16, and a sum may cancel.
     scale = want.abs().amax(-1, keepdim=True).clamp_min(1e-3)
@@ -230,8 +240,8 @@ def assert_rows_close(batch, got, want, sure, **tolerance) -> None:
 PLAIN = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64, "block_size": 32}
 
 
-def var_words(rows: int, heads: int, p: float = 0.6) -> torch.Tensor:
-    words = identity_words(rows, heads)
+def var_words(sequences: int, heads: int, p: float = 0.6) -> torch.Tensor:
+    words = identity_words(sequences, heads)
     words[..., Field.MOVED_SHARE] = p
     words[..., Field.REQUIRE_A] = float(Tag.SINK)
     words[..., Field.REQUIRE_B] = float(Tag.IMAGE)
@@ -243,7 +253,7 @@ def test_moving_mass_keeps_the_sum_of_a_row():
     """With all values 1 the output is the sum of the row."""
     batch = Batch(3, torch.float32, PLAIN, [(150, 20), (40, 40), (1, 1)])
     batch.cache.view(len(batch.cache), 2, -1)[:, :, 32 * 64 :] = 1.0
-    words = var_words(batch.total_rows, 6)
+    words = var_words(batch.num_sequences, 6)
     got, masses = batch.run(words, softmax_scale=0.125)
     assert ((masses[..., Mass.A] > 0) & (masses[..., Mass.B] > 0)).any()
     for index, (_, rows) in enumerate(batch.lengths):
@@ -253,16 +263,16 @@ def test_moving_mass_keeps_the_sum_of_a_row():
 
 def test_a_cache_full_of_nan_outside_the_sequences_does_no_harm():
     batch = Batch(5, torch.float32, PLAIN, [(33, 33), (64, 1)])
-    got, masses = batch.run(draw_words(5, batch.total_rows, 6), softmax_scale=0.2)
+    got, masses = batch.run(draw_words(5, batch.num_sequences, 6), softmax_scale=0.2)
     assert torch.isfinite(got).all() and torch.isfinite(masses).all()
 
 
 def test_the_drawn_words_matter():
     """The reference tells words apart, so that the tests above can fail."""
-    batch = Batch(7, torch.float32, PLAIN, [(120, 30)])
-    plain, _ = batch.expect(identity_words(30, 6), softmax_scale=0.2)
-    edited, masses = batch.expect(draw_words(7, 30, 6), softmax_scale=0.2)
-    assert ((plain - edited).abs().amax(-1) > 1e-3).float().mean() > 0.5
+    batch = Batch(7, torch.float32, PLAIN, [(120, 1)] * 20)
+    plain, _ = batch.expect(identity_words(20, 6), softmax_scale=0.2)
+    edited, masses = batch.expect(draw_words(7, 20, 6), softmax_scale=0.2)
+    assert ((plain - edited).abs().amax(-1) > 1e-3).float().mean() > 0.3
     assert set(masses[..., Mass.EDITED].unique().tolist()) == {0.0, 1.0}
 
 
@@ -270,8 +280,9 @@ def test_no_sequence_is_no_work():
     batch = Batch(1, torch.float32, PLAIN, [(3, 1)])
     empty = torch.zeros(0, dtype=torch.int32)
     output = torch.full_like(batch.query, 7.0)
-    sequences = Sequences(empty, empty, empty, empty, batch.block_table[:0])
-    segment_attention(batch.query, batch.cache, output, sequences, identity_words(0, 6), 0.1)
+    sequences = Sequences(*[empty] * 7)
+    args = batch.query, batch.cache, output, batch.block_table, sequences
+    segment_attention(*args, identity_words(0, 6), 0.1)
     assert (output == 7).all()
 
 
@@ -280,8 +291,8 @@ def test_no_sequence_is_no_work():
     [
         ({"query": lambda q: q.half()}, "one dtype"),
         ({"output": lambda o: o[:, :3]}, "output shaped as query"),
-        ({"words": lambda w: w[:-1]}, "words of every row"),
-        ({"words": lambda w: w.double()}, "words of every row"),
+        ({"words": lambda w: w[:-1]}, "words of every sequence"),
+        ({"words": lambda w: w.double()}, "words of every sequence"),
         ({"kv_cache": lambda c: c[:, :, :16]}, "block size"),
     ],
 )
@@ -292,7 +303,8 @@ def test_tensors_that_do_not_fit_are_refused(change, named):
         "query": batch.query,
         "kv_cache": batch.cache,
         "output": torch.zeros_like(batch.query),
-        "sequences": Sequences(one, one, one * 2, one, batch.block_table),
+        "block_table": batch.block_table,
+        "sequences": Sequences(one, one, one * 2, one, one * 0, -one, -one),
         "words": identity_words(1, 6),
         "softmax_scale": 0.1,
     }

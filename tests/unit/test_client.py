@@ -65,7 +65,9 @@ async def test_the_call_is_the_engine_cores_collective_rpc():
     ("report", "complete"),
     [
         (EngineReport(1, 0, 0), False),
-        (EngineReport(1, 5, 4), False),
+        (EngineReport(1, 5, 4, positions_missed=1), False),
+        (EngineReport(1, 5, 4, by_scope={"all": 4}), False),
+        (EngineReport(1, 5, 0, by_scope={}), True),
         (EngineReport(1, 5, 5), True),
         (EngineReport(1, 5, 5, "edit", "why"), False),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headway.steering import ModelGeometry, compile_spec, parse_spec
 from headway.steering.head_words import HeadField, HeadWords, index_shifts
 from headway.steering.program import Feature, HeadEdit, SteeringProgram
-from headway.steering.wire import decode_head_edits, encode_program
+from headway.steering.wire import decode_program, encode_program
 
 pytestmark = pytest.mark.unit
 
@@ -86,12 +86,10 @@ def test_shifts_compose_like_affine_maps():
     )
 
 
-def test_attention_edits_do_not_compose_silently():
+def test_attention_edits_are_a_feature_of_their_own():
     words = HeadWords.identity(GEOMETRY)
     words.table[0, 0, HeadField.GAMMA] = 0.0
     assert not words.is_affine
-    with pytest.raises(ValueError, match="affine"):
-        words.then(HeadWords.identity(GEOMETRY))
     assert SteeringProgram((HeadEdit(words),)).features == {Feature.ATTENTION_EDIT}
 
 
@@ -153,7 +151,7 @@ def test_fingerprint_sees_shifts_and_scope():
 def test_wire_keeps_everything(chosen, scale):
     program = compiled({"method": "head_scale", "scales": [[*head, scale] for head in chosen]})
     wire = encode_program(program)
-    edits = decode_head_edits(wire, GEOMETRY)
+    edits = decode_program(wire, GEOMETRY).head_edits
     assert SteeringProgram(edits).fingerprint == program.fingerprint == wire["fingerprint"]
 
 
@@ -161,7 +159,7 @@ def test_wire_for_another_model_does_not_decode():
     wire = encode_program(compiled({"method": "vhr", "heads": [[3, 5]]}))
     small = ModelGeometry(num_layers=2, num_heads=2, num_kv_heads=2, head_size=8, hidden_size=16)
     with pytest.raises(IndexError):
-        decode_head_edits(wire, small)
+        decode_program(wire, small)
 
 
 def test_presets():

@@ -103,7 +103,8 @@ async def test_report_none_is_kept_but_not_shown() -> None:
     [
         (None, "report", "no report", 1),
         (RuntimeError("engine is gone"), "report", "no report", 1),
-        (EngineReport(1, 9, 8), "coverage", "8 of 9", 1),
+        (EngineReport(1, 9, 8, positions_missed=1), "coverage", "1 of 9", 1),
+        (EngineReport(1, 9, 8, by_scope={"all": 8}), "coverage", "8 of 9", 1),
         (EngineReport(1, 0, 0), "coverage", "0 of 0", 1),
         (EngineReport(1, 9, 3, "edit", "ValueError: x"), "edit", "ValueError: x", 0),
     ],

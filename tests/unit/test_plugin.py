@@ -7,10 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from headway.server.engine import plugin
-from headway.server.engine.cache_key import cache_salt
 from headway.server.engine.config import is_enabled, unsupported_request
-from headway.steering import ModelGeometry, compile_spec, parse_spec
-from headway.steering.program import HeadEdit, QueryScope, SteeringProgram
 
 pytestmark = pytest.mark.unit
 
@@ -89,24 +86,3 @@ def test_engines_whose_requests_cannot_be_steered():
     assert unsupported_request(config) is None
     config.speculative_config = object()
     assert "speculative" in unsupported_request(config)
-
-
-GEOMETRY = ModelGeometry(num_layers=4, num_heads=6, num_kv_heads=2, head_size=8, hidden_size=48)
-
-
-def vhr(alpha: float) -> SteeringProgram:
-    spec = {"methods": [{"method": "vhr", "heads": [[0, 0]], "alpha": alpha}]}
-    return compile_spec(parse_spec(spec), GEOMETRY)
-
-
-def test_salts_separate_callers_and_programs():
-    salts = {cache_salt(caller, vhr(alpha)) for caller in (None, "", "a") for alpha in (2.0, 3.0)}
-    assert len(salts) == 6
-    assert cache_salt("a", vhr(2.0)) == cache_salt("a", vhr(2.0))
-
-
-def test_a_partial_scope_has_no_salt_yet():
-    (edit,) = vhr(2.0).head_edits
-    partial = SteeringProgram((HeadEdit(edit.words, QueryScope.OUTPUT),))
-    with pytest.raises(ValueError, match="prompt length"):
-        cache_salt(None, partial)

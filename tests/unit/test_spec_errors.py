@@ -65,12 +65,6 @@ BAD = [
     (scale([0, 0, -INF]), "E_BAD_PARAM", "steering.methods[0].scales[0][2]", "finite"),
     (scale([0, 9, 1.0]), "E_HEAD_RANGE", "steering.methods[0].scales[0][1]", "0 .. 5"),
     (
-        {"methods": [{"method": "head_ablation", "heads": [[0, 0]], "mode": "uniform"}]},
-        "E_UNSUPPORTED",
-        "steering.methods[0].mode",
-        "uniform",
-    ),
-    (
         {"methods": [{"method": "head_ablation", "heads": [[0, 0]], "mode": "mean"}]},
         "E_BAD_PARAM",
         "steering.methods[0].mode",

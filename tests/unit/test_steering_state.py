@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from headway.kernels.head_affine import head_affine_reference
 from headway.server.engine import step_plan
-from headway.server.engine.slots import SlotTables
+from headway.server.engine.slots import SLOTS_PER_REQUEST, SlotTables
 from headway.server.engine.steering_state import SteeringState
+from headway.server.engine.step_plan import StepPlan
 from headway.steering import ModelGeometry, compile_spec, parse_spec
-from headway.steering.wire import encode_program
+from headway.steering.positions import PromptFacts
+from headway.steering.wire import encode_facts, encode_program
 
 pytestmark = pytest.mark.unit
 
@@ -24,16 +26,22 @@ def payload(report_id: str, *scales: tuple[int, int, float]) -> dict:
     return {
         "report_id": report_id,
         **encode_program(compile_spec(parse_spec(spec), GEOMETRY)),
+        "facts": encode_facts(PromptFacts(5)),
     }
 
 
-def state(capacity: int = 4, **tables) -> SteeringState:
-    return SteeringState(GEOMETRY, SlotTables(GEOMETRY, capacity, **tables))
+def state(max_num_seqs: int = 4, **tables) -> SteeringState:
+    return SteeringState(GEOMETRY, SlotTables(GEOMETRY, max_num_seqs, **tables))
+
+
+def plan_step(steering: SteeringState, batch: dict[str, int]) -> StepPlan | None:
+    """Every request computes its first tokens."""
+    return steering.plan_step(list(batch), list(batch.values()), [0] * len(batch))
 
 
 def run_step(steering: SteeringState, batch: dict[str, int]) -> list[torch.Tensor]:
     """One step over all layers; the attention output is all ones before the edit."""
-    plan = steering.plan_step(list(batch), list(batch.values()))
+    plan = plan_step(steering, batch)
     outputs = []
     for layer in range(GEOMETRY.num_layers):
         output = torch.ones(sum(batch.values()), 4 * 8)
@@ -49,7 +57,7 @@ def run_step(steering: SteeringState, batch: dict[str, int]) -> list[torch.Tenso
 @given(st.data(), st.sampled_from([1, step_plan.GATHER_LIMIT]))
 def test_every_row_gets_its_own_edit(data, gather_limit):
     """Drawn batches over several steps, some requests unsteered, gathered at once or by layer."""
-    steering = state(capacity=6)
+    steering = state(max_num_seqs=6)
     names = [f"r{index}" for index in range(6)]
     scales: dict[str, torch.Tensor] = {}
     for name in names:
@@ -90,7 +98,7 @@ def test_reports_count_positions():
 
 
 def test_slots_are_held_by_requests_in_the_batch_only():
-    steering = state(capacity=2)
+    steering = state(max_num_seqs=2)
     for name in "abc":
         steering.add(name, payload(name, (0, 0, 2.0)))
     run_step(steering, {"a": 1, "b": 1})
@@ -103,10 +111,11 @@ def test_slots_are_held_by_requests_in_the_batch_only():
 
 
 def test_without_a_free_slot_the_request_fails_and_no_other():
-    steering = state(capacity=1)
-    for name in "ab":
+    steering = state(max_num_seqs=1)
+    names = "acdeb"[: SLOTS_PER_REQUEST + 1]
+    for name in names:
         steering.add(name, payload(name, (0, 0, 2.0)))
-    run_step(steering, {"a": 1, "b": 1})
+    run_step(steering, dict.fromkeys(names, 1))
     assert steering.take_failed() == ("b",)
     assert steering.pop_report("a").is_complete
     assert steering.pop_report("b").failed_stage == "slot"
@@ -115,7 +124,7 @@ def test_without_a_free_slot_the_request_fails_and_no_other():
 def test_a_layer_of_another_pipeline_stage_is_not_missed():
     steering = state(layers=range(1, 3))
     steering.add("a", payload("a", (0, 0, 2.0), (1, 0, 2.0)))
-    plan = steering.plan_step(["a"], [1])
+    plan = plan_step(steering, {"a": 1})
     assert plan.layout.layers == {1}
     plan.edit_head_outputs(1, torch.ones(1, 32))
     steering.close_step(plan)
@@ -126,7 +135,7 @@ def test_a_layer_of_another_pipeline_stage_is_not_missed():
 def test_a_rank_holds_its_own_heads(rank):
     steering = state(rank=rank, world_size=2)
     steering.add("a", payload("a", (0, 1, 2.0), (0, 2, 3.0)))
-    plan = steering.plan_step(["a"], [1])
+    plan = plan_step(steering, {"a": 1})
     output = torch.ones(1, 2 * 8)
     plan.edit_head_outputs(0, output)
     assert output.view(2, 8)[:, 0].tolist() == ([1.0, 2.0] if rank == 0 else [3.0, 1.0])
@@ -134,15 +143,15 @@ def test_a_rank_holds_its_own_heads(rank):
 
 def test_a_step_without_steered_requests_has_no_plan():
     steering = state()
-    assert steering.plan_step(["x"], [3]) is None
+    assert plan_step(steering, {"x": 3}) is None
     steering.add("a", payload("a", (0, 0, 2.0)))
-    assert steering.plan_step(["x"], [3]) is None
-    assert steering.plan_step(["x", "a"], [3, 1]) is not None
+    assert plan_step(steering, {"x": 3}) is None
+    assert plan_step(steering, {"x": 3, "a": 1}) is not None
 
 
 def test_a_steady_batch_keeps_its_layout():
     steering = state()
     steering.add("a", payload("a", (0, 0, 2.0)))
-    first = steering.plan_step(["a"], [1]).layout
-    assert steering.plan_step(["a"], [1]).layout is first
-    assert steering.plan_step(["a"], [2]).layout is not first
+    first = plan_step(steering, {"a": 1}).layout
+    assert plan_step(steering, {"a": 1}).layout is first
+    assert plan_step(steering, {"a": 2}).layout is not first

@@ -1,0 +1,87 @@
+"""Seam: the residual stream where it enters a decoder layer.
+
+vLLM symbols relied on: decoder layers take `hidden_states` and, in models that carry the residual
+apart, `residual` as arguments of their forward; `CompilationConfig.static_forward_context`, layer
+name -> attention module; `vllm.utils.torch_utils.direct_register_custom_op`.
+
+A forward pre-hook on every decoder layer calls a custom op, which torch.compile keeps as it is. The
+op is declared to change hidden_states, so that the compiler can neither drop it nor move it past
+the layer's first use of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from headway.server.engine.step_plan import current
+
+
+def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+    """Show the residual stream that enters a layer to the plan of this step, if there is one."""
+    plan = current.plan
+    if plan is not None and plan.sink_rows:
+        plan.observe_residual(layer, hidden_states, residual)
+
+
+def _layer_boundary_fake(
+    hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int
+) -> None:
+    return None
+
+
+@lru_cache(maxsize=1)
+def _register() -> torch.library.Library:
+    library = torch.library.Library("headway", "FRAGMENT")
+    direct_register_custom_op(
+        "layer_boundary",
+        layer_boundary,
+        mutates_args=["hidden_states"],
+        fake_impl=_layer_boundary_fake,
+        target_lib=library,
+        dispatch_key="CompositeExplicitAutograd",
+    )
+    return library
+
+
+def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> int:
+    """Hook the decoder layers of a loaded model; returns how many.
+
+    attention_layers: layer name -> attention module, for the decoder's attention layers.
+    """
+    _register()
+    paths = {id(module): path for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    hooked = 0
+    for name, attention in attention_layers.items():
+        index = extract_layer_index(name)
+        path = paths.get(id(attention), name).split(".")
+        if str(index) not in path:
+            continue
+        layer = modules[".".join(path[: path.index(str(index)) + 1])]
+        hooked += _hook(layer, index)
+    return hooked
+
+
+def _hook(layer: torch.nn.Module, index: int) -> bool:
+    names = [name for name in inspect.signature(layer.forward).parameters]
+    if "hidden_states" not in names or hasattr(layer, "_headway_boundary"):
+        return False
+    at_hidden = names.index("hidden_states")
+    at_residual = names.index("residual") if "residual" in names else len(names)
+
+    def show(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and current.plan is None:
+            return
+        hidden = args[at_hidden] if at_hidden < len(args) else kwargs["hidden_states"]
+        residual = args[at_residual] if at_residual < len(args) else kwargs.get("residual")
+        torch.ops.headway.layer_boundary(hidden, residual, index)
+
+    layer.register_forward_pre_hook(show, with_kwargs=True)
+    layer._headway_boundary = True
+    return True

@@ -1,0 +1,99 @@
+"""What the attention kernel reads while it edits: masses of key classes, conditions met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from headway.kernels.head_word import Mass
+from headway.server.engine.attention_layout import Span
+from headway.server.engine.slots import SlotTables
+
+BUFFER_LIMIT = 1 << 22
+"""Most floats kept before they are added up."""
+
+CLASSES = (Mass.A, Mass.B, Mass.IMAGE)
+
+
+@dataclass
+class RequestReadings:
+    """Readings of one request, over all its sequences.
+
+    met, considered: (query, head, layer) triples whose edit has a condition, and those where it
+    held. last, total: float64 [num_layers, local heads, 3], masses of class A, class B and image
+    at the last position and added up over `outputs` output positions; kept where `wants_masses`.
+    """
+
+    wants_masses: bool = False
+    met: int = 0
+    considered: int = 0
+    outputs: int = 0
+    last: np.ndarray | None = None
+    total: np.ndarray | None = None
+
+    def as_dict(self, heads: slice) -> dict[str, Any]:
+        """Plain values; heads: those of this rank, for their global indices."""
+        masses = []
+        if self.last is not None and self.total is not None:
+            for layer, head in np.argwhere(self.last.any(axis=-1) | self.total.any(axis=-1)):
+                mean = (self.total[layer, head] / max(self.outputs, 1)).tolist()
+                last = self.last[layer, head].tolist()
+                masses.append([int(layer), int(head) + heads.start, last, mean])
+        return {"met": self.met, "considered": self.considered, "masses": masses}
+
+
+@dataclass
+class Readings:
+    """Readings of the spans of one step.
+
+    spans: those with a mass_row, with the RequestReadings they add to and the number of their rows
+    at whose end output is sampled or was: rows from `outputs_from` on.
+    """
+
+    tables: SlotTables
+    spans: list[tuple[Span, RequestReadings, int]]
+    num_rows: int
+    _layers: list[int] = field(default_factory=list)
+    _buffer: torch.Tensor | None = None
+
+    def buffer(self, layer: int) -> torch.Tensor:
+        """float32 [num_rows, local heads, len(Mass)] for the kernel to fill at a layer."""
+        heads = self.tables.local_heads
+        if self._buffer is None:
+            size = self.num_rows * heads * len(Mass)
+            depth = min(max(BUFFER_LIMIT // size, 1), self.tables.geometry.num_layers)
+            self._buffer = torch.empty(depth, self.num_rows, heads, len(Mass))
+        if len(self._layers) == len(self._buffer):
+            self.flush()
+        buffer = self._buffer[len(self._layers)].zero_()
+        self._layers.append(layer)
+        return buffer
+
+    def flush(self) -> None:
+        """Add up what was read since the last flush."""
+        if not self._layers or self._buffer is None:
+            return
+        values, layers = self._buffer[: len(self._layers)].numpy(), self._layers
+        self._layers = []
+        for span, readings, outputs_from in self.spans:
+            rows = slice(span.mass_row, span.mass_row + span.stop - span.start)
+            conditional = self.tables.conditional[span.slot][layers]
+            if conditional.any():
+                met = values[:, rows, :, Mass.EDITED].sum(axis=1)
+                readings.met += int((met * conditional).sum())
+                readings.considered += int(conditional.sum()) * (rows.stop - rows.start)
+            if readings.wants_masses:
+                self._keep(values[:, rows], layers, readings, outputs_from)
+
+    def _keep(
+        self, values: np.ndarray, layers: list[int], readings: RequestReadings, outputs_from: int
+    ) -> None:
+        if readings.last is None or readings.total is None:
+            shape = self.tables.geometry.num_layers, self.tables.local_heads, len(CLASSES)
+            readings.last, readings.total = np.zeros(shape), np.zeros(shape)
+        masses = values[..., : len(CLASSES)]
+        readings.last[layers] = masses[:, -1]
+        readings.total[layers] += masses[:, outputs_from:].sum(axis=1)
