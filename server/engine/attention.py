@@ -2,7 +2,8 @@
 
 vLLM symbols relied on: `vllm.v1.attention.backends.cpu_attn` (`CPUAttentionBackend`,
 `CPUAttentionBackendImpl.forward` with `layer.layer_name` and the `output` it writes, its fields
-`scale`, `logits_soft_cap`, `sliding_window`, and `CPUAttentionMetadata`), `register_backend` and `AttentionBackendEnum.CPU_ATTN`,
+`scale`, `logits_soft_cap`, `sliding_window`, and `CPUAttentionMetadata`), `register_backend` and
+`AttentionBackendEnum.CPU_ATTN`,
 `vllm.model_executor.models.utils.extract_layer_index`.
 
 Rows of unsteered requests, and of steered ones at layers that they do not edit, come from the base

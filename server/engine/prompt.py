@@ -6,19 +6,19 @@ vLLM symbols relied on: `EngineCoreRequest.prompt_token_ids`, `prompt_embeds`, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from headway.server.engine.request import SteeringRequest
 from headway.steering import Reason, SteeringError
 from headway.steering.positions import PromptFacts, Range
-from headway.steering.spans import locate
+from headway.steering.spans import RenderedPrompt, locate
 
 IMAGES = ("image", "video")
 """Modalities whose tokens carry the tag IMAGE."""
 
-PromptText = Callable[[], tuple[str, list[Range]]]
-"""Makes the text of a prompt, and the characters of each of its tokens."""
+PromptText = Callable[[], RenderedPrompt]
+"""Makes the text of a prompt where it is needed."""
 
 
 def prompt_facts(request: Any, steering: SteeringRequest, text: PromptText) -> PromptFacts:
@@ -34,19 +34,18 @@ def prompt_facts(request: Any, steering: SteeringRequest, text: PromptText) -> P
     if program.image_param and not places:
         message = "this method steers by the image of the prompt, and the prompt has none"
         raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
-    marks: Iterable[Range] = ()
+    marks: tuple[Range, ...] = ()
     if program.marks:
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             message = "a prompt of embeddings has no text to emphasise"
             raise SteeringError(Reason.UNSUPPORTED, message, program.marks_param)
-        rendered, offsets = text()
-        marks = locate(program.marks, steering.messages, rendered, offsets, program.marks_param)
+        marks = locate(program.marks, steering.messages, text(), program.marks_param)
     tokens, embeds = request.prompt_token_ids, request.prompt_embeds
     return PromptFacts(
         len(tokens) if tokens is not None else len(embeds),
         tuple((place.offset, place.offset + place.length) for place in places),
         tuple(part for place in places for part in image_tokens(place)),
-        tuple((start, stop) for start, stop in marks),
+        marks,
     )
 
 

@@ -1,17 +1,17 @@
 """VAR: Visual Attention Redistribution (arXiv 2503.03321, ICLR 2025).
 
-A (query, head) pair is image-centric if its attention to the image is at least 0.2 and the share of
-it that falls on visual tokens other than sinks is at least rho (0.8 general tasks, 0.5 hallucination,
-0.9 vision-centric ones). In those pairs every sink, visual or textual, keeps 1 - p of its attention,
-and what is freed goes to the visual tokens that are no sinks, in proportion to what they have; p =
-0.6. Rows keep their sum. Sinks of a layer are the tokens with max over a few dimensions of
-|x[d]| / RMS(x) >= tau = 20, x being the residual stream that enters it; layers 0 and 1 have none, and
-the last layer is left alone.
+A (query, head) pair is image-centric if its attention to the image is at least 0.2 and the share
+of it that falls on visual tokens other than sinks is at least rho (0.8 for general tasks, 0.5
+against hallucination, 0.9 for vision-centric ones). In those pairs every sink, visual or textual,
+keeps 1 - p of its attention, and what is freed goes to the visual tokens that are no sinks, in
+proportion to what they have; p = 0.6. Rows keep their sum. Sinks of a layer are the tokens with max
+over a few dimensions of |x[d]| / RMS(x) >= tau = 20, x being the residual stream that enters it;
+layers 0 and 1 have none, and the last layer is left alone.
 
 The released code differs: its p is the share that is kept, its rho bounds the share of the sinks,
-its comparisons are strict, it edits the last layer too, and it does nothing at a layer where no image
-token is a sink. `compat: "reference-code"` does as the code does. In both, only prompt tokens are
-sinks, and every text token after the image has the edit considered, in prompt and output.
+its comparisons are strict, it edits the last layer too, and it does nothing at a layer where no
+image token is a sink. `compat: "reference-code"` does as the code does. In both, only prompt tokens
+are sinks, and every text token after the image has the edit considered, in prompt and output.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class VAR(Method):
         if self.sink_dims == "auto":
             if not geometry.sink_dims:
                 message = (
-                    "no sink dimensions are known for this model; find them with `headway calibrate "
-                    "sinks MODEL` and start the server with the profile, or give sink_dims"
+                    "no sink dimensions are known for this model; find them with `headway "
+                    "calibrate sinks MODEL` and start the server with the profile, or give them"
                 )
                 raise SteeringError(Reason.NO_SINK_DIMS, message, f"{param}.sink_dims")
             return geometry.sink_dims

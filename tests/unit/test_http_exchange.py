@@ -108,7 +108,7 @@ async def test_report_none_is_kept_but_not_shown() -> None:
         (EngineReport(1, 0, 0), "coverage", "0 of 0", 1),
         (EngineReport(1, 9, 3, "edit", "ValueError: x"), "edit", "ValueError: x", 0),
     ],
-    ids=["none", "lost", "partial", "empty", "failed"],
+    ids=["none", "lost", "partial", "some unseen", "empty", "failed"],
 )
 async def test_an_unconfirmed_answer_is_withheld(
     report: EngineReport | Exception | None, stage: str, text: str, unsteered: int
