@@ -1,20 +1,40 @@
-"""The sizes of the served model, read from vLLM's configuration.
+"""What steering needs to know of the served model, from vLLM's configuration and from profiles.
+
+Profiles are the setting `additional_config={"headway": {"profiles": {name: path}}}`.
 
 vLLM symbols relied on: `ModelConfig.get_total_num_hidden_layers`, `get_total_num_kv_heads`,
-`get_head_size`, `get_hidden_size`, `model_arch_config`, `is_multimodal_model`, `quantization`.
+`get_head_size`, `get_hidden_size`, `model_arch_config`, `is_multimodal_model`, `quantization`,
+`hf_config`, `hf_text_config`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from headway.steering import ModelGeometry
+from pydantic import TypeAdapter, ValidationError
+
+from headway.server.engine.config import KEY, is_enabled
+from headway.steering import ModelGeometry, SteeringError
+from headway.steering.schema import PresetName
+from headway.steering.sinks import ModelFacts, SinkProfile, known_sink_dims
+
+PROFILES = "profiles"
+"""The setting of Headway that names profile files."""
+
+_PATHS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[PresetName, str])
 
 
 def geometry_of(vllm_config: Any) -> ModelGeometry:
-    """Sizes of the whole model, whatever the parallelism it is served with."""
+    """Sizes of the whole model, whatever the parallelism it is served with, and its sink dims.
+
+    The sink dimensions are those of the sinks profile, else those known for the model, else ().
+    Raises ValueError as `check_profiles` does.
+    """
     model = vllm_config.model_config
-    return ModelGeometry(
+    geometry = ModelGeometry(
         num_layers=model.get_total_num_hidden_layers(),
         num_heads=model.model_arch_config.total_num_attention_heads,
         num_kv_heads=model.get_total_num_kv_heads(),
@@ -23,4 +43,66 @@ def geometry_of(vllm_config: Any) -> ModelGeometry:
         supports_images=bool(model.is_multimodal_model),
         quantized=model.quantization is not None,
         architecture=str(model.architecture),
+    )
+    profile = sink_profile(profile_paths(vllm_config), geometry)
+    dims = profile.dims if profile else known_sink_dims(facts_of(model, geometry))
+    return replace(geometry, sink_dims=dims or ())
+
+
+def check_profiles(vllm_config: Any) -> None:
+    """Raise ValueError for a profile that is unreadable, of another model, or a second one."""
+    if profile_paths(vllm_config):
+        geometry_of(vllm_config)
+
+
+def profile_paths(vllm_config: Any) -> dict[str, str]:
+    """Profile name -> path, as the engine was started with. Raises ValueError."""
+    if not is_enabled(vllm_config):
+        return {}
+    try:
+        return _PATHS.validate_python(vllm_config.additional_config[KEY].get(PROFILES) or {})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, (KEY, PROFILES, *problem["loc"])))
+        message = f"additional_config {where}: {problem['msg']}; it maps names to paths"
+        raise ValueError(message) from None
+
+
+def sink_profile(paths: dict[str, str], geometry: ModelGeometry) -> SinkProfile | None:
+    """The sinks profile among the named files, checked against the model; None without files.
+
+    Raises ValueError that names the profile.
+    """
+    if len(paths) > 1:
+        names = ", ".join(paths)
+        raise ValueError(f"a model has one profile of the kind sinks, these are several: {names}")
+    for name, path in paths.items():
+        try:
+            profile = load_profile(path)
+            profile.check_model(geometry)
+        except SteeringError as error:
+            raise ValueError(f"steering profile {name} ({path}): {error}") from None
+        return profile
+    return None
+
+
+@lru_cache
+def load_profile(path: str) -> SinkProfile:
+    """A profile file, read once per process. Raises SteeringError(E_BAD_PARAM)."""
+    return SinkProfile.load(Path(path))
+
+
+def facts_of(model_config: Any, geometry: ModelGeometry) -> ModelFacts:
+    """What tells the family of the model."""
+    text = model_config.hf_text_config
+    rope = getattr(text, "rope_parameters", None) or {}
+    return ModelFacts(
+        model_type=str(getattr(model_config.hf_config, "model_type", "")),
+        text_model_type=str(getattr(text, "model_type", "")),
+        hidden_size=geometry.hidden_size,
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        vocab_size=int(getattr(text, "vocab_size", 0)),
+        rope_theta=float(rope.get("rope_theta") or getattr(text, "rope_theta", 0) or 0),
+        max_position_embeddings=int(getattr(text, "max_position_embeddings", 0) or 0),
     )

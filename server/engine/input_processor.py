@@ -109,10 +109,14 @@ def carry(request: Any, steering: SteeringRequest | None, prompt: PromptText) ->
         program = steering.program
         facts = prompt_facts(request, steering, prompt)
         if not program.is_identity:
+            keys = cache_keys(program, facts)
+            if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):
+                message = "edits that depend on the prompt cannot steer a resumable request"
+                raise SteeringError(Reason.UNSUPPORTED, message)
             extra_args[EXTRA_ARG] = {
                 "report_id": steering.report_id,
                 **encode_program(program),
                 "facts": encode_facts(facts),
-                "cache_keys": cache_keys(program, facts),
+                "cache_keys": keys,
             }
     params.extra_args = extra_args or None

@@ -13,6 +13,7 @@ from typing import Any
 
 from headway.server.engine import cache_key, input_processor
 from headway.server.engine.config import is_enabled, unsupported_model
+from headway.server.engine.geometry import check_profiles
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "headway.server.engine.cpu_worker.HeadwayCPUWorker",
@@ -51,12 +52,14 @@ def register() -> None:
 def enable(vllm_config: Any) -> None:
     """Make an engine configuration use Headway's worker and scheduler (changed in place).
 
-    Raises ValueError where the model, the worker or the scheduler is one Headway cannot steer.
+    Raises ValueError where the model, the worker or the scheduler is one Headway cannot steer, and
+    for a profile that cannot be used.
     """
     reason = unsupported_model(vllm_config)
     if reason:
         name = vllm_config.model_config.model
         raise ValueError(f"Headway cannot steer {name}: {reason}")
+    check_profiles(vllm_config)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = _replace(parallel.worker_cls, WORKERS, "worker")
     base = scheduler.get_scheduler_cls()

@@ -86,14 +86,15 @@ class Readings:
                 readings.met += int((met * conditional).sum())
                 readings.considered += int(conditional.sum()) * (rows.stop - rows.start)
             if readings.wants_masses:
-                self._keep(values[:, rows], layers, readings, outputs_from)
+                edited = self.tables.edited_heads[span.slot][layers]
+                masses = values[:, rows, :, : len(CLASSES)] * edited[:, None, :, None]
+                self._keep(masses, layers, readings, outputs_from)
 
     def _keep(
-        self, values: np.ndarray, layers: list[int], readings: RequestReadings, outputs_from: int
+        self, masses: np.ndarray, layers: list[int], readings: RequestReadings, outputs_from: int
     ) -> None:
         if readings.last is None or readings.total is None:
             shape = self.tables.geometry.num_layers, self.tables.local_heads, len(CLASSES)
             readings.last, readings.total = np.zeros(shape), np.zeros(shape)
-        masses = values[..., : len(CLASSES)]
         readings.last[layers] = masses[:, -1]
         readings.total[layers] += masses[:, outputs_from:].sum(axis=1)

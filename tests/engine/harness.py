@@ -24,12 +24,18 @@ GEOMETRY = ModelGeometry(30, 9, 3, 64, 576, architecture="LlamaForCausalLM")
 
 @dataclass
 class Job:
-    """One request: a token prompt, how to steer it, and how long the output is."""
+    """One request: a token prompt, how to steer it, and how long the output is.
+
+    images: pictures for the `<image>` tokens of the prompt, one each. messages: the texts of the
+    chat messages that the prompt was rendered from.
+    """
 
     prompt: list[int]
     program: SteeringProgram | None = None
     max_tokens: int = 8
     cache_salt: str | None = None
+    images: list[Any] | None = None
+    messages: tuple[str, ...] | None = None
     request: SteeringRequest | None = field(default=None, init=False)
 
 
@@ -43,9 +49,11 @@ class Result:
     cached: int
 
 
-def program(*methods: dict[str, Any]) -> SteeringProgram:
-    """Compile methods for the test model."""
-    return compile_spec(parse_spec({"methods": list(methods)}), GEOMETRY)
+def program(
+    *methods: dict[str, Any], geometry: ModelGeometry = GEOMETRY, report: str = "summary"
+) -> SteeringProgram:
+    """Compile methods for the test model, or for another geometry."""
+    return compile_spec(parse_spec({"methods": list(methods), "report": report}), geometry)
 
 
 def affine_program(edits: Sequence[tuple[int, int, float, Any]]) -> SteeringProgram:
@@ -97,11 +105,13 @@ class Harness:
                 temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=0
             )
             if job.program is not None:
-                job.request = SteeringRequest(job.program)
+                job.request = SteeringRequest(job.program, job.messages)
                 attach(params, job.request)
             prompt: dict[str, Any] = {"prompt_token_ids": job.prompt}
             if job.cache_salt is not None:
                 prompt["cache_salt"] = job.cache_salt
+            if job.images is not None:
+                prompt["multi_modal_data"] = {"image": job.images}
             ids.append(f"job-{self._next_id}")
             self._next_id += 1
             arrivals.append((ids[-1], prompt, params))
@@ -146,10 +156,37 @@ class Harness:
             model.compute_logits = original
         # vLLM appends a random suffix to request ids; steps of a partial prompt also give logits.
         by_job = {request_id.rsplit("-", 1)[0]: rows for request_id, rows in recorded.items()}
+        assert all(result.finish_reason == "length" for result in results)
         return [
             by_job[f"job-{first + index}"][-len(result.tokens) :]
             for index, result in enumerate(results)
         ]
+
+
+def largest_difference(
+    harness: Harness,
+    oracle: Any,
+    jobs: Sequence[Job],
+    edits: Sequence[Sequence[Any]],
+    prompts: Sequence[Sequence[int]] | None = None,
+    inputs: Sequence[dict[str, Any]] | None = None,
+    **options: Any,
+) -> float:
+    """Run jobs in one batch and compare the logits of every output token with an oracle's.
+
+    edits: of each job, for the oracle; prompts: as the engine expands them; inputs: further ones
+    of the oracle's model.
+    """
+    worst = 0.0
+    recorded = harness.record_logits(jobs, **options)
+    for index, rows in enumerate(recorded):
+        prompt = list(prompts[index] if prompts else jobs[index].prompt)
+        logits = torch.stack(rows)
+        tokens = [int(row.argmax()) for row in rows]
+        extra = inputs[index] if inputs else {}
+        expected = oracle.logits(prompt + tokens[:-1], edits[index], **extra)[-len(tokens) :]
+        worst = max(worst, float((logits - expected).abs().max()))
+    return worst
 
 
 def _result(output: Any) -> Result:

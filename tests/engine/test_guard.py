@@ -39,10 +39,10 @@ def fail_in_decode(monkeypatch) -> None:
     original = steering_state.decode_program
 
     def decode_program(wire, geometry):
-        edits = original(wire, geometry)
-        if (edits[0].words.table == BAD_ALPHA).any():
+        program = original(wire, geometry)
+        if (program.head_edits[0].words.table == BAD_ALPHA).any():
             raise KeyError("injected")
-        return edits
+        return program
 
     monkeypatch.setattr(steering_state, "decode_program", decode_program)
 
@@ -50,10 +50,10 @@ def fail_in_decode(monkeypatch) -> None:
 def fail_in_upload(monkeypatch) -> None:
     original = slots.SlotTables.acquire
 
-    def acquire(self, edits):
-        if (edits[0].words.table == BAD_ALPHA).any():
+    def acquire(self, words):
+        if (words.table == BAD_ALPHA).any():
             raise RuntimeError("injected")
-        return original(self, edits)
+        return original(self, words)
 
     monkeypatch.setattr(slots.SlotTables, "acquire", acquire)
 

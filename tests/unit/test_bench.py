@@ -13,12 +13,14 @@ from headway.benchmarks import overhead
 from headway.benchmarks.engine import EngineError
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario
 from headway.benchmarks.statistics import Ratio, Verdict, paired_ratio, verdict
-from headway.steering import ModelGeometry, compile_spec, parse_spec
+from headway.steering import ModelGeometry, SteeringProgram, compile_spec, parse_spec
+from headway.steering.program import Feature
 
 pytestmark = pytest.mark.unit
 
 GEOMETRY = ModelGeometry(30, 9, 3, 64, 576)
 SPEED = {"stock": 200.0, "idle": 199.0, "affine": 180.0}
+SPEED |= {each.name: 100.0 for each in SCENARIOS if each.cached}
 
 
 class FakeEngine:
@@ -103,11 +105,28 @@ def test_every_request_has_its_own_program_on_every_layer() -> None:
         assert {scale[0] for scale in spec["methods"][0]["scales"]} == set(range(30))
 
 
+@pytest.mark.parametrize("name", ["locore", "redistribution"])
+def test_attention_edits_differ_by_configuration(name: str) -> None:
+    specs = [STEERING[name](GEOMETRY, index) for index in range(16)]
+    programs = [
+        spec if isinstance(spec, SteeringProgram) else compile_spec(parse_spec(spec), GEOMETRY)
+        for spec in specs
+    ]
+    assert len({program.fingerprint for program in programs}) == 16
+    assert all(program.features == {Feature.ATTENTION_EDIT} for program in programs)
+
+
+def test_every_comparison_is_of_scenarios_that_are_run() -> None:
+    names = {scenario.name for scenario in SCENARIOS}
+    assert {name for each in COMPARISONS for name in (each.scenario, each.baseline)} == names
+
+
 def test_two_engines_and_every_round_runs_each_load_once(engines: type[FakeEngine]) -> None:
     _, measurement = overhead.measure(SCENARIOS, Path("m"), rounds=20, seed=1)
-    assert [engine.names for engine in engines.started] == [["stock"], ["idle", "affine"]]
+    assert [engine.names for engine in engines.started] == [["stock"], [*SPEED][1:]]
     assert all(engine.closed for engine in engines.started)
-    rounds = [tuple(engines.runs[at : at + 3]) for at in range(3, len(engines.runs), 3)]
+    count = len(SPEED)
+    rounds = [tuple(engines.runs[at : at + count]) for at in range(count, len(engines.runs), count)]
     assert len(rounds) == 20
     assert all(sorted(names) == sorted(SPEED) for names in rounds)
     assert len(set(rounds)) > 1
@@ -126,7 +145,8 @@ def test_the_report_and_its_table(
     assert [row["name"] for row in report["scenarios"]] == list(SPEED)
     assert all(len(row["runs"]) == 3 for row in report["scenarios"])
     assert [row["bar"] for row in report["comparisons"]] == [each.bar for each in COMPARISONS]
-    assert [row["verdict"] for row in report["comparisons"]] == ["holds", "fails"]
+    verdicts = [row["verdict"] for row in report["comparisons"]]
+    assert verdicts[:2] == ["holds", "fails"] and set(verdicts[2:]) == {"holds"}
     assert report["comparisons"][0]["ratio"] == pytest.approx(199 / 200)
     printed = capsys.readouterr().out
     assert "stock" in printed and "0.995" in printed and "fails" in printed

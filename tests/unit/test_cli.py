@@ -23,7 +23,7 @@ from headway.server import cli
 try:
     cli.main(["--help"])
 finally:
-    heavy = {"torch", "vllm", "transformers", "numpy"} & sys.modules.keys()
+    heavy = {"torch", "vllm", "transformers", "numpy", "matplotlib"} & sys.modules.keys()
     assert not heavy, heavy
 """
 
@@ -108,8 +108,8 @@ def test_a_plugin_that_does_not_load_ends_the_start(monkeypatch: pytest.MonkeyPa
 
 
 def arguments(**values: object) -> Namespace:
-    settings = {"grpc": False, "model_tag": "m", "additional_config": {}, **values}
-    return Namespace(**settings)
+    settings = {"grpc": False, "model_tag": "m", "additional_config": {}, "steering_profile": []}
+    return Namespace(**settings | values)
 
 
 def test_serve_enables_headway_and_keeps_other_settings() -> None:
@@ -120,6 +120,37 @@ def test_serve_enables_headway_and_keeps_other_settings() -> None:
     args = arguments(additional_config={"headway": {"a": 1}})
     serve.switch_on(args)
     assert args.additional_config == {"headway": {"a": 1}}
+
+
+def test_serve_hands_profiles_to_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profiles = ["mine=sinks.json", "other=/a/b=c.json"]
+    settings = {"headway": {"a": 1, "profiles": {"given": "x"}}}
+    args = arguments(additional_config=settings, steering_profile=profiles)
+    serve.switch_on(args)
+    paths = {"given": "x", "mine": str(tmp_path / "sinks.json"), "other": "/a/b=c.json"}
+    assert args.additional_config == {"headway": {"a": 1, "profiles": paths}}
+    assert settings == {"headway": {"a": 1, "profiles": {"given": "x"}}}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "settings", "words"),
+    [
+        (["mine"], {}, "--steering-profile mine: must be name=path"),
+        (["a b=x.json"], {}, "--steering-profile a b=x.json: a name is made of"),
+        (["a=x.json", "a=y.json"], {}, "--steering-profile: the name a is given twice"),
+        (["a=x.json"], {"profiles": {"a": "z.json"}}, "given twice"),
+        (["a=x.json"], {"profiles": ["z.json"]}, "headway.profiles must map names to paths"),
+    ],
+)
+def test_serve_refuses_badly_named_profiles(
+    profiles: list[str], settings: dict[str, object], words: str
+) -> None:
+    args = arguments(additional_config={"headway": settings}, steering_profile=profiles)
+    with pytest.raises(ValueError, match=words):
+        serve.switch_on(args)
 
 
 @pytest.mark.parametrize("values", [{"grpc": True}, {"additional_config": {"headway": False}}])
@@ -136,6 +167,9 @@ def test_serve_help_shows_vllms_options_and_ours(capsys: pytest.CaptureFixture[s
         ["serve", "m", "--port", "1", "--steering_preset", "a=b", "--steering-preset=c=d"]
     )
     assert args.steering_preset == ["a=b", "c=d"]
+    assert args.steering_profile == []
+    given = parser.parse_args(["serve", "m", "--steering-profile", "a=b", "--steering-profile=c=d"])
+    assert given.steering_profile == ["a=b", "c=d"]
     assert args.port == 1
     with pytest.raises(SystemExit):
         parser.parse_args(["serve", "--help"])

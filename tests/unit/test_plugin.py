@@ -76,6 +76,13 @@ def test_what_cannot_be_steered_is_refused_at_start(changes, words):
         plugin.enable(configuration(**changes))
 
 
+def test_a_bad_profile_ends_the_start():
+    config = configuration()
+    config.additional_config = {"headway": {"profiles": {"a b": "sinks.json"}}}
+    with pytest.raises(ValueError, match="headway.profiles.a b"):
+        plugin.enable(config)
+
+
 @pytest.mark.parametrize("extra", [{}, {"headway": None}, {"headway": True}, {"other": {}}, None])
 def test_inert_unless_switched_on(extra):
     assert not is_enabled(SimpleNamespace(additional_config=extra))
