@@ -12,7 +12,8 @@ class ModelGeometry:
     """Sizes of a decoder-only transformer, for the whole model (not one tensor-parallel rank).
 
     Layers and heads are 0-based; heads are query heads, so under grouped-query attention a head
-    index runs to `num_heads`, not to `num_kv_heads`.
+    index runs to `num_heads`, not to `num_kv_heads`. sink_dims: the dimensions of the residual
+    stream that tell sinks (see `headway.steering.sinks`), () where they are not known.
     """
 
     num_layers: int
@@ -27,6 +28,10 @@ class ModelGeometry:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex, 16 digits) over the sizes: two models that differ here share nothing."""
-        canonical = json.dumps(asdict(self), sort_keys=True).encode()
+        """SHA-256 (hex, 16 digits) over the sizes: two models that differ here share nothing.
+
+        Leaves out `sink_dims`, which may come from a profile that names the fingerprint itself.
+        """
+        sizes = {name: value for name, value in asdict(self).items() if name != "sink_dims"}
+        canonical = json.dumps(sizes, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:16]

@@ -16,6 +16,7 @@ from headway.server.engine.geometry import geometry_of
 from headway.steering import ModelGeometry
 
 PRESET_OPTION = "--steering-preset"
+PROFILE_OPTION = "--steering-profile"
 
 
 def add_preset_option(parser: Any) -> None:
@@ -30,10 +31,22 @@ def add_preset_option(parser: Any) -> None:
     )
 
 
+def add_profile_option(parser: Any) -> None:
+    """Add the repeatable `--steering-profile name=path` to a parser or a group of one."""
+    parser.add_argument(
+        PROFILE_OPTION,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="A profile of this model, as `headway calibrate` writes it; repeatable.",
+    )
+
+
 def model_only(engine_args: Any) -> Any:
     """What stands in for vLLM's configuration where only the model matters."""
     return SimpleNamespace(
         model_config=engine_args.create_model_config(),
+        additional_config=engine_args.additional_config,
         speculative_config=None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )

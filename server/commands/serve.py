@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from headway.server.commands.model import (
     PRESET_OPTION,
+    PROFILE_OPTION,
     add_preset_option,
+    add_profile_option,
     model_only,
     steerable_geometry,
 )
 from headway.server.commands.plugins import VARIABLE, PluginError, allow_headway, own_plugins
 from headway.server.engine.config import KEY
-from headway.server.http.presets import load_presets
+from headway.server.engine.geometry import PROFILES
+from headway.server.http.presets import load_presets, named_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,20 +63,26 @@ def build_parser(command: Any) -> Any:
 
     parser = FlexibleArgumentParser(prog="headway")
     serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve.usage = f"headway serve MODEL [any option of vLLM] [{PRESET_OPTION} NAME=PATH ...]"
+    serve.usage = (
+        f"headway serve MODEL [any option of vLLM] [{PRESET_OPTION} NAME=PATH ...] "
+        f"[{PROFILE_OPTION} NAME=PATH ...]"
+    )
     serve.description = "vLLM's OpenAI-compatible server, whose requests may steer the model."
     serve.epilog = (
         "headway serve --help=Headway shows the options that vLLM does not have,\n"
         "--help=all shows all, --help=GROUP a group, --help=WORD those with a word in their name."
     )
-    add_preset_option(serve.add_argument_group("Headway", "Steering, on top of vLLM's options."))
+    options = serve.add_argument_group("Headway", "Steering, on top of vLLM's options.")
+    add_preset_option(options)
+    add_profile_option(options)
     return parser
 
 
 def switch_on(args: Namespace) -> None:
     """Enable Headway in parsed arguments (changed in place), keeping its own settings.
 
-    Raises ValueError for a front end that Headway's routes are not part of.
+    Profiles become settings, so that every process of the engine finds them. Raises ValueError for
+    a front end that Headway's routes are not part of, and for a badly named profile.
     """
     from vllm import envs
 
@@ -84,16 +94,36 @@ def switch_on(args: Namespace) -> None:
     settings.setdefault(KEY, {})
     if not isinstance(settings[KEY], dict):
         raise ValueError(f"--additional-config: the value of {KEY} must be an object")
+    if args.steering_profile:
+        profiles = settings[KEY].get(PROFILES) or {}
+        if not isinstance(profiles, dict):
+            raise ValueError(f"--additional-config: {KEY}.{PROFILES} must map names to paths")
+        profiles = add_profiles(profiles, args.steering_profile)
+        settings[KEY] = {**settings[KEY], PROFILES: profiles}
     args.additional_config = settings
+
+
+def add_profiles(profiles: Mapping[str, str], options: Sequence[str]) -> dict[str, str]:
+    """Profiles by name -> path, those of `name=path` options added with an absolute path.
+
+    Raises ValueError that names the option, also for a name that is given twice.
+    """
+    named = dict(profiles)
+    for option in options:
+        name, path = named_file(option, PROFILE_OPTION)
+        if name in named:
+            raise ValueError(f"{PROFILE_OPTION}: the name {name} is given twice")
+        named[name] = str(Path(path).absolute())
+    return named
 
 
 def check(args: Namespace) -> None:
     """Find now what would else end the start when the engine is up.
 
-    Raises PluginError, or ValueError for a bad preset.
+    Raises PluginError, or ValueError for a bad preset or profile.
     """
     own_plugins()
-    if args.steering_preset:
+    if args.steering_preset or args.steering_profile:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         config = model_only(AsyncEngineArgs.from_cli_args(args))

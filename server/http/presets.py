@@ -48,6 +48,18 @@ class Preset:
         }
 
 
+def named_file(option: str, flag: str) -> tuple[str, str]:
+    """Name and path of an option `flag name=path`. Raises ValueError that names the option."""
+    name, separator, path = option.partition("=")
+    if not separator or not path:
+        raise ValueError(f"{flag} {option}: must be name=path")
+    try:
+        return _NAME.validate_python(name), path
+    except ValidationError:
+        pattern = "letters, digits, '.', '_' and '-', 64 at most"
+        raise ValueError(f"{flag} {option}: a name is made of {pattern}") from None
+
+
 def load_presets(options: Iterable[str], geometry: ModelGeometry) -> dict[str, Preset]:
     """Presets by name, from `name=path` options.
 
@@ -65,15 +77,12 @@ def load_presets(options: Iterable[str], geometry: ModelGeometry) -> dict[str, P
 
 def _load(option: str, geometry: ModelGeometry) -> Preset:
     where = f"--steering-preset {option}"
-    name, separator, path = option.partition("=")
-    if not separator or not path:
-        raise PresetError(f"{where}: must be name=path")
     try:
-        name = _NAME.validate_python(name)
+        name, path = named_file(option, "--steering-preset")
+    except ValueError as error:
+        raise PresetError(str(error)) from None
+    try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValidationError:
-        pattern = "letters, digits, '.', '_' and '-', 64 at most"
-        raise PresetError(f"{where}: a name is made of {pattern}") from None
     except (OSError, ValueError) as error:
         raise PresetError(f"{where}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("methods"), list):

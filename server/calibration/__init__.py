@@ -1,0 +1,1 @@
+"""Calibration: what is measured once on a model and kept in a profile."""
