@@ -121,20 +121,31 @@ def test_the_conditions_are_met_by_some_rows_and_not_by_others(llava_oracle, que
             assert all((sums - 1).abs().max() < 1e-5 for sums in llava_oracle.row_sums)
 
 
-def test_output_rows_are_edited_as_prompt_rows_are(llava, llava_oracle, questions):
-    """The same text as output and as prompt gives the same answer where it holds no sink."""
-    question = questions[1]
-    steered = var(layers=[1, 2, 3])
-    tokens = llava.run([question.job(steered, 12)])[0]
-    llava_oracle.logits(question.ids + tokens.tokens[:6], **question.pixels)
-    for layer in (1, 2, 3):
-        stream = llava_oracle.streams[layer][-6:]
+def first_sink(oracle, question: Question, tokens: list[int], layers: tuple[int, ...]) -> int:
+    """Index of the first output token that is a sink of a layer; their number if none is."""
+    oracle.logits(question.ids + tokens, **question.pixels)
+    sinks = torch.zeros(len(tokens), dtype=torch.bool)
+    for layer in layers:
+        stream = oracle.streams[layer][-len(tokens) :]
         phi = stream[:, SINK_DIMS].abs().amax(-1) / stream.pow(2).mean(-1).sqrt()
-        assert phi.max() < TAU
-    turn = Job(question.short + tokens.tokens[:6], steered, 6, images=question.images)
-    again = llava.run([turn])[0]
-    assert again.tokens == tokens.tokens[6:]
-    assert again.logprobs == pytest.approx(tokens.logprobs[6:], abs=1e-4)
+        sinks |= phi >= TAU
+    return int(sinks.float().argmax()) if sinks.any() else len(tokens)
+
+
+def test_output_rows_are_edited_as_prompt_rows_are(llava, llava_oracle, questions):
+    """The same text as output and as prompt gives the same answer as long as it holds no sink."""
+    layers = (1, 2, 3)
+    steered = var(layers=list(layers))
+    compared = 0
+    for question in questions:
+        whole = llava.run([question.job(steered, 12)])[0]
+        count = min(first_sink(llava_oracle, question, whole.tokens, layers), 8)
+        turn = question.short + whole.tokens[:count]
+        again = llava.run([Job(turn, steered, 12 - count, images=question.images)])[0]
+        assert again.tokens == whole.tokens[count:]
+        assert again.logprobs == pytest.approx(whole.logprobs[count:], abs=1e-4)
+        compared += count
+    assert compared >= 8
 
 
 def test_it_composes_with_vhr(llava, llava_oracle, questions):
@@ -158,7 +169,7 @@ def test_it_composes_with_vhr(llava, llava_oracle, questions):
 
 def test_strength_zero_is_the_unsteered_answer(llava, questions):
     steered, plain = llava.run([questions[2].job(var(p=0.0)), questions[2].job(None)])
-    assert steered == plain
+    assert (steered.tokens, steered.logprobs) == (plain.tokens, plain.logprobs)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.6])
