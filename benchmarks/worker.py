@@ -45,7 +45,7 @@ class Load:
         self.scenario = scenario
         self.llm = llm
         vocabulary = self.llm.get_tokenizer().vocab_size
-        shape = (scenario.num_prompts, scenario.prompt_tokens)
+        shape = (scenario.num_prompts, scenario.prompt_tokens or 0)
         self.tokens = np.random.default_rng(0).integers(0, vocabulary, shape).tolist()
         self.runs = 0
         self.params: Any = SamplingParams(

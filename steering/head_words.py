@@ -179,13 +179,16 @@ class HeadWords:
         softmax, or one's condition would come to guard the other's identity mix.
         """
         ours, theirs = self.table, later.table
-        clash = _used(ours, AFTER_SOFTMAX) & _used(theirs, AFTER_SOFTMAX)
+        guarded = [F.IDENTITY_MIX, *AFTER_SOFTMAX]
+        clashes = [
+            _used(ours, AFTER_SOFTMAX) & _used(theirs, AFTER_SOFTMAX),
+            self.is_conditional & _used(theirs, guarded),
+            later.is_conditional & _used(ours, guarded),
+        ]
         for columns, users in ((CLASS_A, USES_A), (CLASS_B, USES_B)):
             different = (ours[..., columns] != theirs[..., columns]).any(axis=-1)
-            clash |= _used(ours, users) & _used(theirs, users) & different
-        guarded = self.is_conditional & (_used(theirs, [F.IDENTITY_MIX, *AFTER_SOFTMAX]))
-        clash |= guarded | later.is_conditional & (_used(ours, [F.IDENTITY_MIX, *AFTER_SOFTMAX]))
-        found = np.argwhere(clash)
+            clashes.append(_used(ours, users) & _used(theirs, users) & different)
+        found = np.argwhere(np.any(clashes, axis=0))
         return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
 
     def then(self, later: HeadWords) -> HeadWords:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -49,6 +50,10 @@ def _register() -> torch.library.Library:
     return library
 
 
+_HOOKED: WeakSet[torch.nn.Module] = WeakSet()
+"""Layers that have the hook already."""
+
+
 def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> int:
     """Hook the decoder layers of a loaded model; returns how many.
 
@@ -70,7 +75,7 @@ def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> int:
 
 def _hook(layer: torch.nn.Module, index: int) -> bool:
     names = [name for name in inspect.signature(layer.forward).parameters]
-    if "hidden_states" not in names or hasattr(layer, "_headway_boundary"):
+    if "hidden_states" not in names or layer in _HOOKED:
         return False
     at_hidden = names.index("hidden_states")
     at_residual = names.index("residual") if "residual" in names else len(names)
@@ -83,5 +88,5 @@ def _hook(layer: torch.nn.Module, index: int) -> bool:
         torch.ops.headway.layer_boundary(hidden, residual, index)
 
     layer.register_forward_pre_hook(show, with_kwargs=True)
-    layer._headway_boundary = True
+    _HOOKED.add(layer)
     return True

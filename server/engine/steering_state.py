@@ -178,7 +178,8 @@ class SteeringState:
 
     def close_step(self, plan: StepPlan) -> None:
         """Count what a step did, after its forward pass."""
-        for item in (*plan.layout.spans, *plan.sink_rows):
+        items: list[Span | SinkRows] = [*plan.layout.spans, *plan.sink_rows]
+        for item in items:
             error = plan.failures.get(item.request_id)
             if error is None and (missed := plan.missed(item)):
                 error = RuntimeError(f"an edit did not run on layers {missed}")

@@ -47,7 +47,8 @@ class RowLayout:
         """Lay out spans given in ascending order of rows."""
         counts = [span.stop - span.start for span in spans]
         used = [span.slot for span in spans]
-        index = np.concatenate([np.arange(span.start, span.stop) for span in spans] or [[0]])
+        rows_of = [np.arange(span.start, span.stop) for span in spans]
+        index = np.concatenate(rows_of) if rows_of else np.zeros(1, np.int64)
         slots = torch.from_numpy(np.repeat(np.array(used, dtype=np.int64), counts))
         contiguous = index[-1] - index[0] + 1 == len(index)
         rows = slice(int(index[0]), int(index[-1]) + 1) if contiguous else torch.from_numpy(index)
@@ -178,7 +179,7 @@ class StepPlan:
         self.affine_done.add(layer)
         self.seconds += time.perf_counter() - started
 
-    def missed(self, item: Item) -> list[int]:
+    def missed(self, item: Span | SinkRows) -> list[int]:
         """Layers at which something that a span, or sink rows, ask for did not run."""
         if isinstance(item, SinkRows):
             return _missing(item.layers, self.sinks_done)

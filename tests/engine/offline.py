@@ -17,6 +17,7 @@ def run_offline(
     headway: bool,
     requests: list[dict[str, Any]],
     fail_scale: float | None = None,
+    environment: dict[str, str] | None = None,
     **engine: Any,
 ) -> list[dict[str, Any]]:
     """Run requests in a fresh process; without Headway its plugin is not even loaded.
@@ -33,7 +34,8 @@ def run_offline(
         **engine,
     }
     task: dict[str, Any] = {"engine": engine, "requests": requests}
-    environment = {**os.environ, "VLLM_PLUGINS": "headway" if headway else ""}
+    plugins = {"VLLM_PLUGINS": "headway" if headway else ""}
+    environment = {**os.environ, **plugins, **(environment or {})}
     if headway:
         engine["additional_config"] = {"headway": {}}
     if fail_scale is not None:

@@ -1,7 +1,7 @@
 """Run requests through `vllm.LLM` in a process of its own; started by the tests, not by pytest.
 
 Standard input: JSON {"engine": LLM arguments, "requests": [{"prompt": token ids, "steering":
-spec or null, "sampling": SamplingParams arguments}], "fail_scale": optional, a scale whose edit is
+spec or null, "sampling": SamplingParams arguments, "images": optional, files}], "fail_scale": optional, a scale whose edit is
 made to raise in the worker}. Writes to the file named as argument: JSON list of {"tokens",
 "logprobs", "finish_reason"} in the order of the requests.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def make_fail(worker: Any, scale: float) -> None:
     step_plan.head_affine_ = head_affine_
 
 
+def pictures(files: Sequence[str]) -> dict[str, Any]:
+    from PIL import Image
+
+    images = [Image.open(file).convert("RGB") for file in files]
+    return {"multi_modal_data": {"image": images}} if images else {}
+
+
 def main(task: dict[str, Any], target: Path) -> None:
     from vllm import LLM, SamplingParams
 
@@ -42,7 +50,10 @@ def main(task: dict[str, Any], target: Path) -> None:
 
             sampling = sampling_params(sampling, request["steering"])
         params.append(sampling)
-    prompts = [{"prompt_token_ids": request["prompt"]} for request in task["requests"]]
+    prompts = [
+        {"prompt_token_ids": request["prompt"], **pictures(request.get("images", ()))}
+        for request in task["requests"]
+    ]
     results = []
     for output in llm.generate(prompts, params, use_tqdm=False):
         completion = output.outputs[0]

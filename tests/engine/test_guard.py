@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 
-from headway.server.engine import slots, steering_state, step_plan
+from headway.server.engine import attention_layout, slots, steering_state, step_plan
 from tests.engine.harness import Job, program
 from tests.engine.offline import run_offline
 
@@ -59,6 +62,38 @@ def fail_in_upload(monkeypatch) -> None:
 
 
 FAULTS = {"edit": fail_in_kernel, "decode": fail_in_decode, "slot": fail_in_upload}
+
+
+def test_a_failing_attention_edit_ends_its_request_and_no_other(harness, prompts, monkeypatch):
+    """LocoRE requests of several strengths in one batch; the kernel raises for one of them."""
+    betas = [0.5, 0.8, None, 1.0, 0.5]
+    bad = np.float32(math.log1p(0.8))
+    jobs = [
+        Job(prompt, beta and program({"method": "locore", "beta": beta}))
+        for prompt, beta in zip(prompts, betas, strict=False)
+    ]
+    harness.forget_cache()
+    expected = harness.run(jobs)
+    harness.forget_cache()
+    original = attention_layout.segment_attention
+
+    def segment_attention(*args):
+        if (args[5] == bad).any():
+            raise RuntimeError("injected")
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_layout, "segment_attention", segment_attention)
+        results = harness.run(jobs)
+    assert [result.finish_reason for result in results] == [
+        "length" if beta != 0.8 else "error" for beta in betas
+    ]
+    assert len(results[1].tokens) == 1  # from the prompt, which LocoRE leaves alone
+    report = harness.runner.steering.pop_report(jobs[1].request.report_id)
+    assert (report.failed_stage, report.failure) == ("edit", "RuntimeError: injected")
+    for index in (0, 2, 3, 4):
+        assert results[index].tokens == expected[index].tokens
+        assert results[index].logprobs == pytest.approx(expected[index].logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", FAULTS)
@@ -133,7 +168,7 @@ def test_attention_that_bypasses_the_edit_is_noticed(harness, prompts, monkeypat
         result = harness.run([job])[0]
     assert result.finish_reason == "error"
     report = harness.runner.steering.pop_report(job.request.report_id)
-    assert "no attention edit ran on layers [2]" in report.failure
+    assert "an edit did not run on layers [2]" in report.failure
 
 
 def test_the_engine_is_as_before(harness, prompts):

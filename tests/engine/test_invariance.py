@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.engine.harness import Job, Result, affine_program, program
 from tests.engine.test_oracle import DRAWN
+from tests.engine.test_var import text_move
 
 pytestmark = pytest.mark.engine
 
@@ -25,8 +26,17 @@ PROGRAMS = [
         {"method": "vhr", "heads": [[15, 2]], "alpha": 1.2},
     ),
     affine_program(DRAWN[2]),
+    program({"method": "locore", "beta": 1.0}),
+    program(
+        {"method": "emphasis", "spans": [{"tokens": [5, 12]}], "alpha": 0.2},
+        {"method": "locore", "beta": 0.5, "history": "any"},
+        {"method": "vhr", "heads": [[9, 0]], "alpha": 1.5},
+    ),
+    text_move([(8, 16)], [507], 20.0, range(12, 29), 0.7),
 ]
 LENGTH = 6
+UNTOUCHED_PROMPT = {0, 5}
+"""Programs whose prompt rows are those of an unsteered request, and may be shared with it."""
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +146,21 @@ def test_warm_cache_is_shared_only_within_a_program(harness, alone, conversation
     want = alone(2, second)
     assert got.tokens == want.tokens
     assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    assert (got.cached > 0) == (first == second)
+    assert (got.cached > 0) == (first == second or {first, second} <= UNTOUCHED_PROMPT)
+
+
+def test_output_of_locore_is_not_reused_as_prompt(harness, conversations):
+    """In the next turn the answer is prompt, and its rows are computed without the edit."""
+    harness.forget_cache()
+    first = Job(conversations[3], PROGRAMS[5], 40)
+    tokens = harness.run([first])[0].tokens
+    turn = first.prompt + tokens[:-1]
+    again = harness.run([Job(turn, PROGRAMS[5], 4)])[0]
+    assert 0 < again.cached <= len(first.prompt)
+    harness.forget_cache()
+    cold = harness.run([Job(turn, PROGRAMS[5], 4)])[0]
+    assert again.tokens == cold.tokens
+    assert again.logprobs == pytest.approx(cold.logprobs, abs=1e-4)
 
 
 def test_a_later_turn_reuses_output_blocks(harness, conversations):

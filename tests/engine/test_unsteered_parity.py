@@ -8,7 +8,14 @@ from tests.engine.offline import run_offline
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-STEERED = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7], [20, 2]], "alpha": 2.0}]}
+VHR = {"method": "vhr", "heads": [[3, 1], [11, 7], [20, 2]], "alpha": 2.0}
+STEERED = {
+    "methods": [
+        VHR,
+        {"method": "locore", "beta": 1.0},
+        {"method": "head_ablation", "heads": [[5, 0], [15, 3]], "mode": "uniform"},
+    ]
+}
 ZERO = {"methods": [{"method": "vhr", "heads": [[3, 1], [11, 7]], "alpha": 1.0}]}
 
 
@@ -55,7 +62,11 @@ def test_compiled_mode_steers_like_eager_mode(prompts, oracle, tmp_path):
     edits = [(3, 1, 2.0, None), (11, 7, 2.0, None), (20, 2, 2.0, None)]
     greedy = {"temperature": 0.0, "max_tokens": 5}
     requests = [
-        {"prompt": prompt, "steering": STEERED if index % 2 else None, "sampling": greedy}
+        {
+            "prompt": prompt,
+            "steering": {"methods": [VHR]} if index % 2 else None,
+            "sampling": greedy,
+        }
         for index, prompt in enumerate(prompts[:6])
     ]
     results = run_offline(tmp_path, True, requests, dtype="float32", enforce_eager=False)

@@ -12,6 +12,7 @@ from headway.steering.program import HeadEdit, SinkRule
 from headway.steering.spans import parse_span
 from tests.attention_oracle import Move, Scale, Var
 from tests.engine.harness import GEOMETRY, Job, largest_difference, program
+from tests.engine.offline import run_offline
 from tests.tiny_llava import IMAGE_TOKEN, SINK_DIMS, TAU, TOKENS_PER_IMAGE, picture
 
 pytestmark = pytest.mark.engine
@@ -232,3 +233,75 @@ def test_a_layer_that_was_not_observed_fails_the_request(llava, questions, monke
         assert llava.run([job])[0].finish_reason == "error"
     report = llava.runner.steering.pop_report(job.request.report_id)
     assert "was not observed" in report.failure
+
+
+def offline_requests(questions, folder, specs) -> list[dict]:
+    """Requests for an engine of its own, the pictures in files."""
+    requests = []
+    for index, (question, spec) in enumerate(zip(questions, specs, strict=True)):
+        files = []
+        for at, image in enumerate(question.images):
+            files.append(str(folder / f"{index}-{at}.png"))
+            image.save(files[-1])
+        requests.append(
+            {
+                "prompt": question.short,
+                "images": files,
+                "steering": spec and {"methods": spec},
+                "sampling": {"temperature": 0.0, "max_tokens": MAX_TOKENS},
+            }
+        )
+    return requests
+
+
+@pytest.mark.slow
+def test_the_boundary_op_survives_compilation(llava_folder, llava_oracle, questions, tmp_path):
+    """torch.compile mode, float32, against the oracle; an unsteered request in the batch."""
+    specs = [[{**BASE, "layers": [1, 2]}], [{**BASE, "layers": [1, 2, 3], "rho": 0.3}], None]
+    options = [{"layers": [1, 2]}, {"layers": [1, 2, 3], "rho": 0.3}, None]
+    asked = questions[:3]
+    results = run_offline(
+        tmp_path,
+        True,
+        offline_requests(asked, tmp_path, specs),
+        model=str(llava_folder),
+        dtype="float32",
+        enforce_eager=False,
+        max_model_len=512,
+        limit_mm_per_prompt={"image": 2},
+    )
+    for question, option, result in zip(asked, options, results, strict=True):
+        edits = [question.edit(**option)] if option else []
+        sequence = question.ids + result["tokens"][:-1]
+        logits = llava_oracle.logits(sequence, edits, **question.pixels)[-MAX_TOKENS:]
+        expected = torch.log_softmax(logits, -1)[range(MAX_TOKENS), result["tokens"]].tolist()
+        assert logits.argmax(-1).tolist() == result["tokens"]
+        assert result["logprobs"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_equal_one(llava_folder, questions, tmp_path):
+    """VHR, VAR, LocoRE and an unsteered request; heads of both ranks are edited."""
+    specs = [
+        [{"method": "vhr", "heads": [[0, 1], [1, 6], [3, 4]], "alpha": 2.0}],
+        [{**BASE, "layers": [1, 2, 3]}],
+        [{"method": "locore", "beta": 1.0, "layers": [0, 2], "history": "any"}],
+        None,
+    ]
+    requests = offline_requests(questions, tmp_path, specs)
+    engine = {
+        "model": str(llava_folder),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "limit_mm_per_prompt": {"image": 2},
+    }
+    one = run_offline(tmp_path, True, requests, **engine)
+    ranks = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    two = run_offline(tmp_path, True, requests, environment=ranks, tensor_parallel_size=2, **engine)
+    plain = run_offline(tmp_path, True, [{**each, "steering": None} for each in requests], **engine)
+    for index, (got, want) in enumerate(zip(two, one, strict=True)):
+        assert got["finish_reason"] == "length"
+        assert got["tokens"] == want["tokens"]
+        assert got["logprobs"] == pytest.approx(want["logprobs"], abs=1e-4)
+        steered = got["logprobs"] != pytest.approx(plain[index]["logprobs"], abs=1e-3)
+        assert steered == (index < 3)
