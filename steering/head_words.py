@@ -169,8 +169,8 @@ class HeadWords:
     def mentions(self, tag: KeyTag) -> np.ndarray:
         """bool [num_layers, num_heads]: where a key class asks for this tag."""
         columns = [F.REQUIRE_A, F.EXCLUDE_A, F.REQUIRE_B, F.EXCLUDE_B]
-        asked: np.ndarray = (self.table[..., columns].astype(np.int64) & int(tag)).any(axis=-1)
-        return asked
+        bits: np.ndarray = self.table[..., columns].astype(np.int64) & int(tag)
+        return np.asarray((bits != 0).any(axis=-1))
 
     def conflict(self, later: HeadWords) -> tuple[int, int] | None:
         """The first (layer, head) at which two tables cannot be composed, None if there is none.

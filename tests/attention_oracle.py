@@ -74,7 +74,7 @@ class Var:
                 visual = float(weights[self.image].sum())
                 good = float(weights[self.image & ~sinks].sum())
                 if self.as_code:
-                    if not (self.image & sinks).any():
+                    if not (self.image & sinks)[: row + 1].any():
                         continue
                     centric = visual > self.min_visual_mass and (visual - good) / visual <= self.rho
                 else:
@@ -125,7 +125,7 @@ class Locore:
     any_history: bool = False
 
     def __call__(self, a: torch.Tensor, layer: Layer) -> None:
-        if self.heads is None and layer.index not in self.layers:
+        if layer.index not in self.layers and (self.heads is None or self.layers):
             return
         query, key = layer.positions[:, None], layer.positions[None, :]
         near = (query - key >= 1) & (query - key <= self.window) & (query >= self.prompt_len)
@@ -178,7 +178,7 @@ class Identity:
 
 @dataclass
 class Scale:
-    """A factor on the output of heads; its linearity makes it one on their weights."""
+    """A factor on the output of heads, and so on their weights; the last edit of a list."""
 
     heads: Heads
     factor: float
@@ -194,11 +194,12 @@ class AttentionOracle:
     def __init__(self, model: Any) -> None:
         self.model = model.float().eval()
         # Registered under a name of its own, so that other models of the process are left alone.
-        AttentionInterface.register("headway_oracle", self._attention)
+        name = f"headway_oracle_{id(self)}"
+        AttentionInterface.register(name, self._attention)
         self.decoder = getattr(model, "language_model", None) or model.model
         if hasattr(self.decoder, "language_model"):
             self.decoder = self.decoder.language_model
-        self.decoder.config._attn_implementation = "headway_oracle"
+        self.decoder.config._attn_implementation = name
         self.edits: Sequence[Any] = ()
         self.streams: dict[int, torch.Tensor] = {}
         self.row_sums: list[torch.Tensor] = []
