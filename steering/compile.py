@@ -60,9 +60,6 @@ def compile_spec(
         warnings=tuple(warning for _, _, part in parts for warning in part.warnings),
         report=spec.report,
     )
-    if program.image_param and not geometry.supports_images:
-        message = "this method steers by the image of the prompt, and this model takes no images"
-        raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
     missing = sorted(program.features - ENGINE_FEATURES)
     if missing:
         message = f"this version's engine cannot do: {', '.join(missing)}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from headway.server.commands.model import (
     add_preset_option,
+    add_profile_option,
     quiet_stdout,
     read_model,
     steerable_geometry,
@@ -32,10 +33,16 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with quiet_stdout():
+            from headway.server.commands.serve import add_profiles
+            from headway.server.engine.config import KEY
+            from headway.server.engine.geometry import PROFILES
             from headway.server.http.dry_run import compile_body, describe
 
             body = read_request(args.request)
-            state = dry_state(read_model(args.model), args.steering_preset)
+            config = read_model(args.model)
+            profiles = add_profiles({}, args.steering_profile)
+            config.additional_config = {KEY: {PROFILES: profiles}}
+            state = dry_state(config, args.steering_preset)
             result = describe(compile_body(state, body))
     except SteeringError as error:
         from headway.server.http.errors import error_body
@@ -65,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="DIR", help="the model: only its configuration is read"
     )
     add_preset_option(parser)
+    add_profile_option(parser)
     return parser
 
 

@@ -118,7 +118,7 @@ def model_support(model: str) -> list[Finding]:
         # Validation errors of vLLM's dataclasses run over many lines.
         message = " ".join(str(error).split())
         return [Finding("can be steered", False, message[:500])]
-    from headway.server.engine.config import unsupported_request
+    from headway.server.engine.config import unsupported_attention, unsupported_request
     from headway.server.engine.geometry import geometry_of
 
     geometry = geometry_of(config)
@@ -127,9 +127,12 @@ def model_support(model: str) -> list[Finding]:
         f"{geometry.num_kv_heads} KV heads, head size {geometry.head_size}, "
         f"hidden size {geometry.hidden_size}"
     )
-    reason = unsupported_request(config)
+    reason, attention = unsupported_request(config), unsupported_attention(config)
+    dims = ", ".join(map(str, geometry.sink_dims)) or "none known; see headway calibrate sinks"
     return [
         Finding("can be steered", reason is None, reason or ""),
+        Finding("attention weights can be edited", attention is None, attention or ""),
+        Finding("sink dimensions, for var", None, dims),
         Finding("architecture", None, geometry.architecture),
         Finding("sizes", None, sizes),
         Finding("images", None, "yes" if geometry.supports_images else "no"),

@@ -55,9 +55,11 @@ def unsupported_request(vllm_config: Any) -> str | None:
 
 def unsupported_attention(vllm_config: Any) -> str | None:
     """Why attention weights cannot be edited in this engine, or None if they can."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model, cache = vllm_config.model_config, getattr(vllm_config, "cache_config", None)
     if find_spec("headway.kernels._segment_attention") is None:
         return "the attention kernel was not built; install Headway where there is a C compiler"
+    if cache is None:
+        return None  # a dry run without an engine, which knows the model only
     if model.dtype not in DTYPES:
         return f"the attention kernel takes float32 and bfloat16, not {model.dtype}"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):

@@ -35,7 +35,25 @@ def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str
         texts = tuple(message_texts(messages))
     if program.marks:
         check_spans(program.marks, texts, program.marks_param)
+        if texts is None:
+            _check_texts(program, body)
     return texts
+
+
+def _check_texts(program: SteeringProgram, body: Mapping[str, Any]) -> None:
+    """Every text to mark must occur in each prompt of a body that is no chat, if it has texts."""
+    prompts = [body.get(name) for name in ("prompt", "input")]
+    texts = [
+        text
+        for prompt in prompts
+        for text in (prompt if isinstance(prompt, list) else [prompt])
+        if isinstance(text, str)
+    ]
+    for index, selector in enumerate(program.marks):
+        if selector.text is not None and not all(selector.text in text for text in texts):
+            message = f"the prompt does not contain {selector.text[:60]!r}"
+            param = f"{program.marks_param}[{index}].text"
+            raise SteeringError(Reason.BAD_PARAM, message, param)
 
 
 def _has_picture(value: Any) -> bool:

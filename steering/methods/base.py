@@ -54,6 +54,13 @@ class Method(StrictModel):
         """
 
 
+def require_images(geometry: ModelGeometry, param: str) -> None:
+    """Raise SteeringError(E_NO_IMAGE) for a model that takes no images."""
+    if not geometry.supports_images:
+        message = "this method steers by the image of the prompt, and this model takes no images"
+        raise SteeringError(Reason.NO_IMAGE, message, param)
+
+
 def check_layers(layers: Sequence[int], geometry: ModelGeometry, param: str) -> list[int]:
     """The layers, checked against the model and against repetition, in ascending order.
 

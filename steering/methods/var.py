@@ -28,6 +28,7 @@ from headway.steering.methods.base import (
     CompiledMethod,
     Method,
     describe_heads,
+    require_images,
     select_heads,
 )
 from headway.steering.program import HeadEdit, QueryScope, SinkRule
@@ -53,6 +54,7 @@ class VAR(Method):
 
     def compile(self, geometry: ModelGeometry, param: str) -> CompiledMethod:
         """Class A = SINK, class B = IMAGE and not SINK, p of A's mass moved to B on condition."""
+        require_images(geometry, param)
         as_code = self.compat is not None
         dims = self._dims(geometry, param)
         every = range(2, geometry.num_layers if as_code else geometry.num_layers - 1)

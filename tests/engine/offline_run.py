@@ -2,8 +2,8 @@
 
 Standard input: JSON {"engine": LLM arguments, "requests": [{"prompt": token ids, "steering":
 spec or null, "sampling": SamplingParams arguments, "images": optional, files}], "fail_scale":
-optional, a scale whose edit is made to raise in the worker}. Writes to the file named as argument: JSON list of {"tokens",
-"logprobs", "finish_reason"} in the order of the requests.
+optional, a scale whose edit is made to raise in the worker}. Writes to the file named as argument:
+JSON list of {"tokens", "logprobs", "finish_reason"} in the order of the requests.
 """
 
 from __future__ import annotations

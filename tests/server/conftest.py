@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -70,10 +70,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(preset))
         presets += ["--steering-preset", f"{name}={path}"]
+    yield from running_server(folder, ensure_smollm2(), (*FLAGS, *presets))
+
+
+def running_server(folder: Path, model: str | Path, flags: Sequence[str]) -> Iterator[Server]:
+    """A server of a model with these flags; it ends when the iterator does."""
     port = free_port()
     log = folder / "server.log"
     address = ("--host", "127.0.0.1", "--port", str(port))
-    command = [*SERVE, str(ensure_smollm2()), *FLAGS, *presets, *address]
+    command = [*SERVE, str(model), *flags, *address]
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -56,6 +56,7 @@ def test_an_answer_shows_what_was_applied(server: Server, path: str) -> None:
             "layers": [0, 5, 20],
             "heads": [[0, 0], [5, 2], [20, 8]],
             "scope": "all",
+            "positions_edited": steering["positions_edited"],
         }
     ]
     assert steering["positions_edited"] == steering["positions_computed"] > 0
@@ -269,3 +270,73 @@ def test_a_client_that_leaves_harms_nobody(server: Server, path: str) -> None:
     again = post(server, path, bodies(steering={"methods": QUIET})[path])
     assert again["steering"]["positions_edited"] > 0
     assert wait_for(lambda: server.metric("headway_active_requests") == 0)
+
+
+LOCORE = {"method": "locore", "beta": 1.0}
+
+
+def emphasis(text: str) -> dict[str, Any]:
+    return {"method": "emphasis", "spans": [{"text": text}], "alpha": 0.05}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_attention_edits_are_applied_and_counted_by_scope(server: Server, path: str) -> None:
+    rows = server.metric("headway_attention_rows_total", method="locore")
+    answer = post(server, path, bodies(steering={"methods": [LOCORE, emphasis("village")]})[path])
+    locore, marked = answer["steering"]["methods"]
+    assert locore["layers"] == list(range(8, 14)) and locore["scope"] == "output"
+    assert locore["positions_edited"] == 15  # of 16 tokens, the last is never fed back
+    assert marked["positions_edited"] == answer["steering"]["positions_computed"]
+    assert text_of(answer) != text_of(post(server, path, bodies()[path]))
+    assert server.metric("headway_attention_rows_total", method="locore") == rows + 15 * 6
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_span_of_text_is_found_in_the_rendered_prompt(server: Server, path: str) -> None:
+    """Different spans are different edits; the same span twice is the same edit."""
+    texts = [
+        text_of(post(server, path, bodies(steering={"methods": [emphasis(span)]})[path]))
+        for span in ("village", "village", "Once upon a time")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_spans_of_messages(server: Server) -> None:
+    messages = [
+        {"role": "system", "content": "Answer with one word."},
+        {"role": "user", "content": [{"type": "text", "text": "Which is red, blood or grass?"}]},
+    ]
+    answers = []
+    for span in ({"message": 1, "start": 14, "end": 19}, {"message": -1, "start": 23, "end": 28}):
+        method = {"method": "emphasis", "spans": [span], "alpha": 0.01}
+        body = chat_body(steering={"methods": [method]})
+        answers.append(text_of(post(server, CHAT, {**body, "messages": messages})))
+    assert answers[0] != answers[1]
+
+
+def test_a_full_report_shows_class_masses(server: Server) -> None:
+    method = {**LOCORE, "heads": [[9, 2], [12, 0]]}
+    answer = post(server, CHAT, chat_body(steering={"methods": [method], "report": "full"}))
+    masses = answer["steering"]["class_masses"]
+    assert [(each["layer"], each["head"]) for each in masses] == [(9, 2), (12, 0)]
+    for each in masses:
+        assert 0 < each["output_mean"]["class_b"] < 1
+        assert each["output_mean"]["image"] == 0
+    summary = post(server, CHAT, chat_body(steering={"methods": [method]}))
+    assert "class_masses" not in summary["steering"]
+
+
+def test_a_span_that_only_the_engine_can_judge_never_gives_unsteered_text(server: Server) -> None:
+    """Token positions beyond the prompt: a 400, in a stream an error event and nothing else."""
+    method = {"method": "emphasis", "spans": [{"tokens": [0, 900]}]}
+    body = chat_body(steering={"methods": [method]})
+    response = server.http.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert "spans[0].tokens[1]" in response.json()["error"]["message"]
+    lines = events(server, CHAT, body)
+    assert not any(
+        "content" in json.loads(line).get("choices", [{}])[0].get("delta", {})
+        for line in lines
+        if line.startswith("{") and "choices" in line
+    )
+    assert any("error" in line for line in lines)

@@ -83,6 +83,31 @@ ROWS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     "alias and field": (
         {"model": f"{MODEL}:quiet", "steering": {"preset": "quiet"}}, 400, "E_CONFLICT",
         "steering", "`model`"),
+    "an image method on a text model": (
+        methods({"method": "var", "sink_dims": [3]}), 400, "E_NO_IMAGE", FIRST, "no images"),
+    "a text to emphasise that is not there": (
+        methods({"method": "emphasis", "spans": [{"text": "zebra"}]}), 400, "E_BAD_PARAM",
+        f"{FIRST}.spans[0].text", "'zebra'"),
+    "a span in two forms": (
+        methods({"method": "emphasis", "spans": [{"text": "sea", "tokens": [0, 1]}]}), 400,
+        "E_BAD_PARAM", f"{FIRST}.spans[0]", "exactly one"),
+    "a message that is not there": (
+        methods({"method": "emphasis", "spans": [{"message": 7}]}), 400, "E_BAD_PARAM",
+        f"{FIRST}.spans[0].message", ""),
+    "two emphases": (
+        methods(
+            {"method": "emphasis", "spans": [{"text": "sea"}]},
+            {"method": "emphasis", "spans": [{"text": "village"}]},
+        ), 400, "E_CONFLICT", "steering.methods[1]", "steering.methods[0]"),
+    "two windows": (
+        methods({"method": "locore"}, {"method": "locore", "window": 3}), 400, "E_CONFLICT",
+        "steering.methods[1]", "locore and locore"),
+    "layers and heads": (
+        methods({"method": "locore", "layers": [1], "heads": [[1, 1]]}), 400, "E_BAD_PARAM",
+        f"{FIRST}.layers", "leave"),
+    "u without identity": (
+        methods({"method": "head_ablation", "heads": [[1, 1]], "u": 0.5}), 400, "E_BAD_PARAM",
+        f"{FIRST}.u", "identity"),
     "automatic heads": (
         vhr(heads="auto"), 400, "E_UNSUPPORTED", f"{FIRST}.heads", "automatic"),
     "forged program": (
