@@ -6,16 +6,23 @@ found in the prompt as the engine gets it, after the chat template and the expan
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.validation import StrictModel, validate
 
 Range = tuple[int, int]
+
+MAX_OCCURRENCES = 4096
+"""Most places a span of text may have: looking for them holds up every other request."""
 
 
 class SpanSelector(StrictModel):
@@ -45,7 +52,7 @@ class SpanSelector(StrictModel):
 @dataclass(frozen=True)
 class RenderedPrompt:
     """A prompt as text: offsets[i] are the characters of token i, specials those of special tokens
-    such as the marks between chat messages.
+    such as the marks between chat messages. Both ascend.
     """
 
     text: str
@@ -75,6 +82,10 @@ def check_spans(
         where = f"{param}[{index}]"
         if selector.message is not None:
             _characters(selector, messages, where)
+        if selector.tokens is not None:
+            start, end = selector.tokens
+            if start >= end and (start < 0) == (end < 0):
+                raise _bad(f"selects no token: {start} .. {end} is empty", f"{where}.tokens")
         text = selector.text
         if text and messages is not None and not any(text in message for message in messages):
             raise _bad(f"no message contains {_short(text)}", f"{where}.text")
@@ -92,96 +103,192 @@ def locate(
     selects no token, or where the chat template changed the text it refers to.
     """
     check_spans(selectors, messages, param)
-    marked: set[int] = set()
+    places = find_messages(messages or (), prompt)
+    offsets = np.asarray(prompt.offsets, np.int64).reshape(-1, 2)
+    marked = np.zeros(len(offsets), bool)
     for index, selector in enumerate(selectors):
         where = f"{param}[{index}]"
         if selector.tokens is not None:
-            found = set(range(*_token_range(selector.tokens, len(prompt.offsets), where)))
+            start, stop = _token_range(selector.tokens, len(offsets), where)
+            found = np.zeros_like(marked)
+            found[start:stop] = True
         else:
-            spans = list(_spans(selector, messages, prompt, where))
-            found = {
-                token
-                for token, (start, stop) in enumerate(prompt.offsets)
-                if any(start < high and stop > low for low, high in spans)
-            }
-        if not found:
+            spans = _rendered(selector, messages, places, prompt.text, where)
+            found = _overlapping(offsets, spans, len(prompt.text))
+        if not found.any():
             raise _bad("selects no token of the prompt", where)
         marked |= found
     return _ranges(marked)
 
 
-def _spans(
-    selector: SpanSelector, messages: Sequence[str] | None, prompt: RenderedPrompt, where: str
-) -> Iterator[Range]:
-    """The characters of the rendered prompt that a selector means."""
-    if selector.text is not None:
-        areas = [(0, len(prompt.text))]
-        if messages is not None:
-            pieces = [_find(index, messages, prompt, where) for index in range(len(messages))]
-            areas = [(at, at + length) for piece in pieces for _, at, length in piece]
-        for low, high in areas:
-            at = prompt.text.find(selector.text, low, high)
-            while at >= 0:
-                yield at, at + len(selector.text)
-                at = prompt.text.find(selector.text, at + 1, high)
-        return
-    index, start, end = _characters(selector, messages, where)
-    assert messages is not None
-    for offset, at, length in _find(index, messages, prompt, where):
-        low, high = max(start, offset), min(end, offset + length)
-        if low < high:
-            yield at + low - offset, at + high - offset
+@dataclass(frozen=True)
+class Piece:
+    """Characters of a message that stand unchanged in the rendered prompt."""
+
+    start: int  # in the message
+    at: int  # in the prompt
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """Position in the prompt after the last character."""
+        return self.at + self.length
 
 
-def _find(
-    index: int, messages: Sequence[str], prompt: RenderedPrompt, where: str
-) -> list[tuple[int, int, int]]:
-    """Where a message stands in the rendered prompt: (offset in it, offset there, length).
+def find_messages(
+    messages: Sequence[str], prompt: RenderedPrompt
+) -> list[tuple[Piece, ...] | None]:
+    """Where each message stands in the rendered prompt.
+
+    None for a message that the template changed, and for one that may as well be text of the
+    template.
 
     Messages are looked for from the last to the first, because templates like to put text of their
     own in front; first where a special token follows, as it does after a message, and then
     anywhere. A template may strip white space, or handle the parts of a message one by one.
     """
+    view = _View(prompt)
     limit = len(prompt.text)
-    for current in range(len(messages) - 1, index - 1, -1):
-        text = messages[current]
-        pieces = _search(text, prompt, limit)
-        if pieces is None and current == index:
-            raise _bad(f"the chat template changed the text of message {index}", where)
+    places: list[tuple[Piece, ...] | None] = []
+    for text in reversed(messages):
+        pieces = view.find(text, limit)
         if pieces:
-            limit = pieces[0][1]
-    return pieces or []
+            limit = pieces[0].at
+        places.append(pieces)
+    places.reverse()
+    start = 0
+    for index, pieces in enumerate(places):
+        if pieces and not view.is_closed(pieces) and not view.is_first(pieces, start):
+            places[index] = None
+        elif pieces:
+            start = pieces[-1].stop
+    return places
 
 
-def _search(text: str, prompt: RenderedPrompt, limit: int) -> list[tuple[int, int, int]] | None:
-    whole = _last(text.strip(), prompt, limit)
-    if whole is not None:
-        return [(len(text) - len(text.lstrip()), whole, len(text.strip()))] if text.strip() else []
-    pieces: list[tuple[int, int, int]] = []
-    end = len(text)
-    for line in reversed(text.split("\n")):
-        start = end - len(line)
-        if line.strip():
-            at = _last(line.strip(), prompt, limit)
-            if at is None:
+class _View:
+    """A rendered prompt, prepared for searching from its end."""
+
+    def __init__(self, prompt: RenderedPrompt) -> None:
+        self._text = prompt.text
+        words: list[str] = []
+        ends = set()
+        at = 0
+        for start, stop in prompt.specials:
+            words += [prompt.text[at:start], " " * (stop - start)]
+            ends.add(at + len(words[-2].rstrip()))
+            at = stop
+        self._ends = sorted(ends)  # of what stands in front of a special token
+        self._unclosed_below: dict[str, int] = {}
+        # Positions in it are positions in the prompt.
+        self._without_specials = "".join([*words, prompt.text[at:]])
+
+    def is_closed(self, pieces: Sequence[Piece]) -> bool:
+        """Whether a special token follows."""
+        index = bisect_left(self._ends, pieces[-1].stop)
+        return index < len(self._ends) and self._ends[index] == pieces[-1].stop
+
+    def is_first(self, pieces: Sequence[Piece], start: int) -> bool:
+        """Whether the same text is not found earlier from `start` on."""
+        piece = pieces[0]
+        text = self._text[piece.at : piece.stop]
+        return self._text.find(text, start) == piece.at
+
+    def find(self, text: str, limit: int) -> tuple[Piece, ...] | None:
+        """Where a message stands in front of `limit`, in one piece or line by line."""
+        whole = self._last(text, 0, limit)
+        if whole is not None:
+            return (whole,) if whole.length else ()
+        pieces: list[Piece] = []
+        end = len(text)
+        for line in reversed(text.split("\n")):
+            start = end - len(line)
+            end = start - 1
+            # Nothing but white space and special tokens may stand between two lines.
+            piece = self._last(line, start, limit, anywhere=bool(pieces))
+            if piece is None or (pieces and self._without_specials[piece.stop : limit].strip()):
                 return None
-            pieces.append((start + len(line) - len(line.lstrip()), at, len(line.strip())))
-            limit = at
-        end = start - 1
-    return pieces[::-1]
+            if piece.length:
+                pieces.append(piece)
+                limit = piece.at
+        return tuple(reversed(pieces))
+
+    def _last(self, line: str, start: int, limit: int, anywhere: bool = False) -> Piece | None:
+        """The last place in front of `limit` of a line, stripped.
+
+        start: offset of the line in its message. anywhere: also where no special token follows,
+        which is else the second choice.
+        """
+        text = line.strip()
+        if not text:
+            return Piece(start, limit, 0)
+        start += len(line) - len(line.lstrip())
+        end = limit
+        while not anywhere and limit > self._unclosed_below.get(text, -1):
+            index = bisect_right(self._ends, end) - 1
+            at = self._text.rfind(text, 0, self._ends[index]) if index >= 0 else -1
+            if at < 0:
+                # Remembered, as chats repeat short messages.
+                self._unclosed_below[text] = limit
+            elif at + len(text) == self._ends[index]:
+                return Piece(start, at, len(text))
+            end = at + len(text)
+        at = self._text.rfind(text, 0, limit)
+        return Piece(start, at, len(text)) if at >= 0 else None
 
 
-def _last(text: str, prompt: RenderedPrompt, limit: int) -> int | None:
-    starts = {start for start, _ in prompt.specials}
-    at = prompt.text.rfind(text, 0, limit)
+def _rendered(
+    selector: SpanSelector,
+    messages: Sequence[str] | None,
+    places: Sequence[tuple[Piece, ...] | None],
+    text: str,
+    where: str,
+) -> list[Range]:
+    """The characters of the rendered prompt that a selector means."""
+    if selector.text is None:
+        wanted = [_characters(selector, messages, where)]
+    else:
+        areas = [text] if messages is None else messages
+        every = (
+            (index, at, at + len(selector.text))
+            for index, area in enumerate(areas)
+            for at in _occurrences(selector.text, area)
+        )
+        wanted = list(islice(every, MAX_OCCURRENCES + 1))
+        if len(wanted) > MAX_OCCURRENCES:
+            message = f"occurs more than {MAX_OCCURRENCES} times; mark it another way"
+            raise _bad(message, f"{where}.text")
+        if messages is None:
+            return [(start, end) for _, start, end in wanted]
+    spans = []
+    for index, start, end in wanted:
+        pieces = places[index]
+        if pieces is None:
+            message = f"the chat template changed the text of message {index}, or contains it too"
+            raise _bad(message, where)
+        for piece in pieces:
+            low, high = max(start, piece.start), min(end, piece.start + piece.length)
+            if low < high:
+                spans.append((piece.at + low - piece.start, piece.at + high - piece.start))
+    return spans
+
+
+def _occurrences(text: str, whole: str) -> Iterator[int]:
+    at = whole.find(text)
     while at >= 0:
-        after = at + len(text)
-        rest = prompt.text[after:]
-        if after + len(rest) - len(rest.lstrip()) in starts:
-            return at
-        at = prompt.text.rfind(text, 0, at + len(text) - 1) if len(text) else -1
-    at = prompt.text.rfind(text, 0, limit)
-    return at if at >= 0 else None
+        yield at
+        at = whole.find(text, at + 1)
+
+
+def _overlapping(
+    offsets: npt.NDArray[np.int64], spans: Sequence[Range], length: int
+) -> npt.NDArray[np.bool_]:
+    """Which tokens share a character with a span; one without characters shares none."""
+    edges = np.zeros(length + 1, np.int64)
+    limits = np.asarray(spans, np.int64).reshape(-1, 2)
+    np.add.at(edges, limits[:, 0], 1)
+    np.add.at(edges, limits[:, 1], -1)
+    marked_before = np.concatenate([[0], np.cumsum(np.cumsum(edges[:-1]) > 0)])
+    return marked_before[offsets[:, 1]] > marked_before[offsets[:, 0]]
 
 
 def _characters(
@@ -225,19 +332,14 @@ def _parts(content: Any) -> Iterator[str]:
             if isinstance(part, str):
                 yield part
             elif isinstance(part, Mapping):
-                text = part.get("text") or part.get("refusal")
+                text = part.get("text") or part.get("refusal") or part.get("thinking")
                 if isinstance(text, str):
                     yield text
 
 
-def _ranges(positions: set[int]) -> tuple[Range, ...]:
-    ranges: list[list[int]] = []
-    for position in sorted(positions):
-        if ranges and ranges[-1][1] == position:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([position, position + 1])
-    return tuple((start, stop) for start, stop in ranges)
+def _ranges(marked: npt.NDArray[np.bool_]) -> tuple[Range, ...]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
+    return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
 
 
 def _short(text: str) -> str:

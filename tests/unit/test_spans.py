@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from headway.server.engine.prompt_text import prompt_text, stepwise
+from headway.server.engine.prompt_text import prompt_text
 from headway.server.models.smollm2 import ensure_smollm2
 from headway.steering import SteeringError
-from headway.steering.spans import check_spans, locate, message_texts, parse_span
+from headway.steering.spans import (
+    RenderedPrompt,
+    check_spans,
+    locate,
+    message_texts,
+    parse_span,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -129,24 +137,122 @@ def test_a_template_that_changes_the_text_is_told(tokenizer):
         locate([parse_span({"message": 0})], ["shouted"], prompt, "s")
 
 
+LLAMA_2 = ("[INST]", "[/INST]")  # ordinary text in this vocabulary, as in Llama 2's own
+
+
+@pytest.mark.parametrize(
+    ("question", "found"), [("I", None), ("Yes", ["Yes"]), ("Is it so?", ["Is it so?"])]
+)
+def test_a_template_without_special_tokens(tokenizer, question, found):
+    """A message that may as well be the template's own text is refused, not guessed."""
+    chat = [question, "Yes", question]
+    text = f"{LLAMA_2[0]} {question} {LLAMA_2[1]} Yes {LLAMA_2[0]} {question} {LLAMA_2[1]}"
+    prompt = prompt_text(tokenizer, tokenizer(text)["input_ids"])
+    selectors = [parse_span({"message": 2})]
+    if found is None:
+        with pytest.raises(SteeringError, match="message 2, or contains it too"):
+            locate(selectors, chat, prompt, "s")
+    else:
+        ranges = locate(selectors, chat, prompt, "s")
+        texts = [prompt.text[prompt.offsets[a][0] : prompt.offsets[b - 1][1]] for a, b in ranges]
+        assert [each.strip() for each in texts] == found
+        assert prompt.offsets[ranges[0][0]][0] > text.index("Yes", 12)
+
+
+PARTS = ["Look here.", "Who sat?\nThe cat?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("Look here.\nWho sat?\nThe cat?", ["Look here.\nWho sat?"]),  # vLLM joins the parts
+        ("Look here.Who sat?\nThe cat?", ["Look here.Who sat?"]),  # or the template does
+        ("Look here.<file_sep><file_sep>Who sat?\n The cat?", ["Look here.", "Who sat?"]),
+    ],
+)
+def test_parts_of_a_message_are_found_one_by_one(tokenizer, content, found):
+    message = message_texts([{"content": [{"type": "text", "text": part} for part in PARTS]}])
+    ids = tokenizer(f"<|im_start|>user\n{content}<|im_end|>\n")["input_ids"]
+    prompt = prompt_text(tokenizer, ids)
+    for selector in ({"message": 0, "end": 19}, {"text": "Look here.\nWho sat?"}):
+        ranges = locate([parse_span(selector)], message, prompt, "s")
+        assert [tokenizer.decode(ids[start:stop]) for start, stop in ranges] == found
+
+
+def test_lines_are_found_next_to_each_other(tokenizer):
+    """Not where another message ends with the same words."""
+    text = "<|im_start|>user\nLook.<|im_end|>\n<|im_start|>user\nLook. Who?<|im_end|>"
+    prompt = prompt_text(tokenizer, tokenizer(text)["input_ids"])
+    ((start, _),) = locate([parse_span({"message": 1})], ["Look.", "Look.\nWho?"], prompt, "s")
+    assert prompt.offsets[start][0] == text.rindex("Look.")
+
+
+def test_parts_with_words_between_them_are_refused(tokenizer):
+    ids = tokenizer("<|im_start|>user\nLook. Picture 1: Who?<|im_end|>")["input_ids"]
+    with pytest.raises(SteeringError, match="changed the text of message 0"):
+        locate([parse_span({"message": 0})], ["Look.\nWho?"], prompt_text(tokenizer, ids), "s")
+
+
+def test_messages_that_a_selector_does_not_mean_may_be_changed(tokenizer):
+    """As templates do that drop the reasoning of earlier turns."""
+    chat = [{"role": "assistant", "content": "4."}, {"role": "user", "content": "Why 4?"}]
+    prompt = prompt_text(tokenizer, render(tokenizer, chat))
+    messages = ["<think>2 + 2</think>4.", "Why 4?"]
+    assert locate([parse_span({"text": "Why"})], messages, prompt, "s")
+    with pytest.raises(SteeringError, match="changed the text of message 0"):
+        locate([parse_span({"text": "4"})], messages, prompt, "s")
+
+
+def test_a_token_without_characters_is_in_no_span():
+    prompt = RenderedPrompt("ab", [(0, 1), (1, 1), (1, 2)])
+    assert locate([parse_span({"text": "ab"})], None, prompt, "s") == ((0, 1), (2, 3))
+
+
+def test_an_empty_token_range_is_refused_before_rendering():
+    with pytest.raises(SteeringError, match=r"s\[0\].tokens: selects no token"):
+        check_spans([parse_span({"tokens": [-3, -5]})], None, "s")
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.text(min_size=1, max_size=40), st.randoms())
-def test_offsets_cover_the_text(tokenizer, text, rng):
-    """Also where tokens are parts of characters, and where the cut is not the tokenizer's own."""
-    ids = [tok for char in text for tok in tokenizer(char, add_special_tokens=False)["input_ids"]]
-    if rng.random() < 0.5:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompt = prompt_text(tokenizer, ids)
-    assert prompt.text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    assert len(prompt.offsets) == len(ids)
-    covered = {at for start, stop in prompt.offsets for at in range(start, stop)}
-    assert covered == set(range(len(prompt.text)))
+@given(
+    st.lists(st.text("ab \n漢🙂", max_size=12), min_size=1, max_size=5),
+    st.data(),
+)
+def test_message_characters_and_marked_tokens_agree(tokenizer, contents, data):
+    """Every marked token has a character of the span, and every such token is marked."""
+    chat = [{"role": "user", "content": content} for content in contents]
+    index = data.draw(st.integers(0, len(contents) - 1))
+    text = contents[index]
+    if not text:
+        return
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    prompt = prompt_text(tokenizer, render(tokenizer, chat))
+    head = "".join(f"<|im_start|>user\n{content}<|im_end|>\n" for content in contents[:index])
+    at = prompt.text.index("<|im_end|>\n") + len("<|im_end|>\n")  # the default system message
+    at += len(head) + len("<|im_start|>user\n")
+    low = at + max(start, len(text) - len(text.lstrip()))
+    high = at + min(end, len(text.rstrip()))
+    expected = {
+        token
+        for token, (first, last) in enumerate(prompt.offsets)
+        if low < high and first < high and last > low
+    }
+    selector = parse_span({"message": index, "start": start, "end": end})
+    if not expected:
+        with pytest.raises(SteeringError, match="selects no token"):
+            locate([selector], contents, prompt, "s")
+        return
+    ranges = locate([selector], contents, prompt, "s")
+    assert {token for start, stop in ranges for token in range(start, stop)} == expected
 
 
-def test_stepwise_agrees_with_the_tokenizers_offsets(tokenizer):
-    ids = tokenizer("naïve 🙂 café 漢字 <|im_end|> x")["input_ids"]
-    prompt = prompt_text(tokenizer, ids)
-    text, offsets = stepwise(tokenizer, ids, prompt.text)
-    assert text == prompt.text
-    for (start, stop), (low, high) in zip(offsets, prompt.offsets, strict=True):
-        assert start <= low and high <= stop or (start, stop) == (low, high)
+def test_many_occurrences_in_a_long_chat_take_little_time(tokenizer):
+    """The request holds up all others while its spans are looked for."""
+    contents = ["a b " * 20] * 200
+    prompt = prompt_text(
+        tokenizer, render(tokenizer, [{"role": "user", "content": text} for text in contents])
+    )
+    began = perf_counter()
+    locate([parse_span({"text": "a"})] * 64, contents, prompt, "s")
+    assert perf_counter() - began < 4.0
