@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
@@ -21,8 +21,7 @@ from vllm.exceptions import VLLMClientError
 from headway.server.engine.cache_key import cache_keys
 from headway.server.engine.config import is_enabled, refuse_unsupported, unsupported_request
 from headway.server.engine.geometry import geometry_of
-from headway.server.engine.prompt import PromptText, prompt_facts
-from headway.server.engine.prompt_text import prompt_text
+from headway.server.engine.prompt import Prompt, prompt_facts
 from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringSpec, compile_spec
 from headway.steering.wire import encode_facts, encode_program
@@ -54,8 +53,7 @@ def install() -> None:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if EXTRA_ARG in params.extra_args:
             with refusals():
-                text = partial(prompt_text, self.tokenizer, request.prompt_token_ids)
-                carry(request, steering, text)
+                carry(request, steering, self.tokenizer)
         return request
 
     InputProcessor.process_inputs = process_inputs
@@ -96,10 +94,10 @@ def take_steering(extra_args: dict[str, Any], vllm_config: Any) -> SteeringReque
     return value
 
 
-def carry(request: Any, steering: SteeringRequest | None, prompt: PromptText) -> None:
+def carry(request: Any, steering: SteeringRequest | None, tokenizer: Any) -> None:
     """Put steering, as plain values, into an `EngineCoreRequest` (changed in place).
 
-    prompt: makes the text of the prompt where emphasised spans have to be found in it.
+    tokenizer: makes the text of the prompt where emphasised spans have to be found in it.
 
     Raises SteeringError where the prompt is not one that the program can steer.
     """
@@ -107,7 +105,7 @@ def carry(request: Any, steering: SteeringRequest | None, prompt: PromptText) ->
     extra_args = {key: value for key, value in params.extra_args.items() if key != EXTRA_ARG}
     if steering is not None:
         program = steering.program
-        facts = prompt_facts(request, steering, prompt)
+        facts = prompt_facts(Prompt.of_request(request), steering, tokenizer)
         if not program.is_identity:
             keys = cache_keys(program, facts)
             if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):

@@ -1,50 +1,84 @@
-"""Seam: what a prompt holds, read from the request that vLLM made of it.
+"""Seam: what a prompt holds, read from what vLLM made of it.
 
-vLLM symbols relied on: `EngineCoreRequest.prompt_token_ids`, `prompt_embeds`, `resumable` and
-`mm_features`, whose items have `modality` and `mm_position` (`offset`, `length`, `is_embed`).
+vLLM symbols relied on: `EngineCoreRequest.prompt_token_ids`, `prompt_embeds` and `mm_features`,
+whose items have `modality` and `mm_position` (`offset`, `length`, `is_embed`); before that,
+rendered inputs with `type`, `prompt_token_ids` and `mm_placeholders` (`vllm.inputs.engine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from headway.server.engine.prompt_text import prompt_text
 from headway.server.engine.request import SteeringRequest
 from headway.steering import Reason, SteeringError
 from headway.steering.positions import PromptFacts, Range
-from headway.steering.spans import RenderedPrompt, locate
-
-IMAGES = ("image", "video")
-"""Modalities whose tokens carry the tag IMAGE."""
-
-PromptText = Callable[[], RenderedPrompt]
-"""Makes the text of a prompt where it is needed."""
+from headway.steering.spans import locate
 
 
-def prompt_facts(request: Any, steering: SteeringRequest, text: PromptText) -> PromptFacts:
-    """What steering must know of the prompt of an `EngineCoreRequest`.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine gets it.
+
+    token_ids: None for a prompt of embeddings; places: `PlaceholderRange` of each image or video.
+    """
+
+    token_ids: Sequence[int] | None
+    length: int
+    places: tuple[Any, ...] = ()
+
+    @classmethod
+    def of_request(cls, request: Any) -> Prompt:
+        """The prompt of an `EngineCoreRequest`."""
+        places = (each.mm_position for each in request.mm_features or () if is_image(each.modality))
+        embeds, tokens = request.prompt_embeds, request.prompt_token_ids
+        length = len(tokens) if tokens is not None else len(embeds)
+        return cls(tokens if embeds is None else None, length, tuple(places))
+
+    @classmethod
+    def of_input(cls, rendered: Any) -> Prompt | None:
+        """The prompt of a rendered input of vLLM's front end; None if it has no plain tokens."""
+        if not isinstance(rendered, dict) or rendered.get("type") not in ("token", "multimodal"):
+            return None
+        places = [
+            place
+            for modality, found in (rendered.get("mm_placeholders") or {}).items()
+            if is_image(modality)
+            for place in found
+        ]
+        tokens = rendered["prompt_token_ids"]
+        return cls(tokens, len(tokens), tuple(sorted(places, key=lambda place: place.offset)))
+
+
+def is_image(modality: str) -> bool:
+    """Whether tokens of a modality carry the tag IMAGE."""
+    return modality in ("image", "video")
+
+
+def prompt_facts(prompt: Prompt, steering: SteeringRequest, tokenizer: Any) -> PromptFacts:
+    """What steering must know of a prompt.
 
     Raises SteeringError: E_NO_IMAGE where the program needs an image and there is none,
     E_BAD_PARAM where an emphasised span is not found, E_UNSUPPORTED for prompts that have no
     tokens to mark.
     """
     program = steering.program
-    features = [each for each in request.mm_features or () if each.modality in IMAGES]
-    places = [each.mm_position for each in features]
-    if program.image_param and not places:
+    if program.image_param and not prompt.places:
         message = "this method steers by the image of the prompt, and the prompt has none"
         raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
     marks: tuple[Range, ...] = ()
     if program.marks:
-        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        if prompt.token_ids is None:
             message = "a prompt of embeddings has no text to emphasise"
             raise SteeringError(Reason.UNSUPPORTED, message, program.marks_param)
-        marks = locate(program.marks, steering.messages, text(), program.marks_param)
-    tokens, embeds = request.prompt_token_ids, request.prompt_embeds
+        rendered = prompt_text(tokenizer, prompt.token_ids)
+        marks = locate(program.marks, steering.messages, rendered, program.marks_param)
     return PromptFacts(
-        len(tokens) if tokens is not None else len(embeds),
-        tuple((place.offset, place.offset + place.length) for place in places),
-        tuple(part for place in places for part in image_tokens(place)),
+        prompt.length,
+        tuple((place.offset, place.offset + place.length) for place in prompt.places),
+        tuple(part for place in prompt.places for part in image_tokens(place)),
         marks,
     )
 

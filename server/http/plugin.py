@@ -20,6 +20,7 @@ from headway.server.http import metrics, models, routes, steering_routes
 from headway.server.http.errors import steering_error_handler
 from headway.server.http.guard import SteeringGuard
 from headway.server.http.presets import load_presets
+from headway.server.http.prompts import check_rendered_prompts
 from headway.server.http.state import SteeringState
 from headway.steering import SteeringError
 
@@ -55,5 +56,6 @@ class HeadwayEndpoints:
             presets=load_presets(getattr(args, "steering_preset", None) or [], geometry),
             any_model=bool(envs.VLLM_SKIP_MODEL_NAME_VALIDATION),
         )
+        check_rendered_prompts(engine_client)
         poll = metrics.STATISTICS.poll_forever(client)
         state.headway_poll = asyncio.create_task(poll, name="headway statistics")

@@ -1,14 +1,20 @@
-"""What a request's prompt must hold for its steering, checked before anything is rendered.
+"""What a request's prompt must hold for its steering, checked before a stream has begun.
 
-The engine's front end checks the rendered prompt once more (`server/engine/prompt.py`), for every
-endpoint and offline; here the same mistakes become an answer before a stream has begun.
+The engine's input processor checks it once more, for every endpoint and offline; but a stream of
+vLLM's handlers gets there when it has answered 200.
+
+vLLM symbols relied on: `EngineClient.generate`, called by the handlers with the rendered prompt and
+the sampling parameters, and `EngineClient.input_processor`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
+from headway.server.engine.prompt import Prompt, prompt_facts
+from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.spans import check_spans, message_texts
 
@@ -16,6 +22,25 @@ PROMPT_FIELDS = ("messages", "prompt", "input", "prompt_embeds")
 """Where a body holds its prompt; one without any is a dry run of the steering alone."""
 
 PICTURES = ("image", "video")
+
+
+def check_rendered_prompts(engine_client: Any) -> None:
+    """Have `engine_client.generate` (changed on this object) raise SteeringError at the call.
+
+    It is an asynchronous generator, whose first step would be the first to look at the prompt.
+    """
+    original = engine_client.generate
+
+    @wraps(original)
+    def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        steering = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARG)
+        if isinstance(steering, SteeringRequest):
+            rendered = Prompt.of_input(prompt)
+            if rendered is not None:
+                prompt_facts(rendered, steering, engine_client.input_processor.tokenizer)
+        return original(prompt, sampling_params, *args, **kwargs)
+
+    engine_client.generate = generate
 
 
 def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str, ...] | None:

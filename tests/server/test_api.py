@@ -326,17 +326,18 @@ def test_a_full_report_shows_class_masses(server: Server) -> None:
     assert "class_masses" not in summary["steering"]
 
 
-def test_a_span_that_only_the_engine_can_judge_never_gives_unsteered_text(server: Server) -> None:
-    """Token positions beyond the prompt: a 400, in a stream an error event and nothing else."""
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_span_that_only_the_rendered_prompt_can_judge(
+    server: Server, path: str, stream: bool
+) -> None:
+    """Token positions beyond the prompt are a 400 in a stream too, which then never begins."""
     method = {"method": "emphasis", "spans": [{"tokens": [0, 900]}]}
-    body = chat_body(steering={"methods": [method]})
-    response = server.http.post(CHAT, json=body)
+    body = {**bodies(steering={"methods": [method]})[path], "stream": stream}
+    response = server.http.post(path, json=body)
     assert response.status_code == 400
-    assert "spans[0].tokens[1]" in response.json()["error"]["message"]
-    lines = events(server, CHAT, body)
-    assert not any(
-        "content" in json.loads(line).get("choices", [{}])[0].get("delta", {})
-        for line in lines
-        if line.startswith("{") and "choices" in line
+    error = response.json()["error"]
+    assert (error["reason"], error["param"]) == (
+        "E_BAD_PARAM",
+        "steering.methods[0].spans[0].tokens[1]",
     )
-    assert any("error" in line for line in lines)

@@ -114,3 +114,13 @@ def test_var_and_locore_conflict(images: Server) -> None:
     error = response.json()["error"]
     assert (error["reason"], error["param"]) == ("E_CONFLICT", "steering.methods[1]")
     assert "var" in error["message"] and "locore" in error["message"]
+
+
+def test_a_refused_request_leaves_its_image_usable(images: Server) -> None:
+    """vLLM caches processed images on both sides of a process boundary; they must not part."""
+    method = {"method": "emphasis", "spans": [{"tokens": [0, 500]}]}
+    parts = (picture(77), "What is it?")
+    for _ in range(2):
+        refused = images.http.post(CHAT, json=body(*parts, steering={"methods": [method]}))
+        assert refused.status_code == 400
+        assert text_of(post(images, CHAT, body(*parts)))
