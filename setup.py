@@ -12,6 +12,7 @@ setup(
         Extension(
             "headway.kernels._segment_attention",
             ["kernels/segment_attention.c"],
+            depends=["kernels/cpu_vectors.h"],
             # Not linked against an OpenMP library: torch has loaded one, whose threads it shares.
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fno-math-errno"],
             optional=True,

@@ -1,6 +1,6 @@
 """Columns of a head word as the kernels read them, and the tag bits they know.
 
-The server fills the tables; `tests/unit/test_step_plan.py` holds these names against those of
+The server fills the tables; `tests/unit/test_head_words.py` holds these names against those of
 `headway.steering`, which a kernel does not import.
 """
 
