@@ -137,8 +137,12 @@ def test_preemption_really_happens(harness, conversations):
     assert report.positions_computed > len(conversations[3]) + LENGTH  # some were computed twice
 
 
-@pytest.mark.parametrize("first", range(len(PROGRAMS)))
-@pytest.mark.parametrize("second", range(len(PROGRAMS)))
+KINDS = [0, 1, 3, 5, 6, 7]
+"""One program of every kind of cache key, and two of the kind of the fingerprint alone."""
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
 def test_warm_cache_is_shared_only_within_a_program(harness, alone, conversations, first, second):
     harness.forget_cache()
     harness.run([Job(conversations[1], PROGRAMS[first], LENGTH)])
