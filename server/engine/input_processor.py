@@ -21,7 +21,7 @@ from vllm.exceptions import VLLMClientError
 from headway.server.engine.cache_key import cache_keys
 from headway.server.engine.config import is_enabled, refuse_unsupported, unsupported_request
 from headway.server.engine.geometry import geometry_of
-from headway.server.engine.prompt import Prompt, prompt_facts
+from headway.server.engine.prompt import Prompt, read_prompt
 from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringSpec, compile_spec
 from headway.steering.wire import encode_facts, encode_program
@@ -53,7 +53,7 @@ def install() -> None:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if EXTRA_ARG in params.extra_args:
             with refusals():
-                carry(request, steering, self.tokenizer)
+                carry(request, steering, self)
         return request
 
     InputProcessor.process_inputs = process_inputs
@@ -94,10 +94,8 @@ def take_steering(extra_args: dict[str, Any], vllm_config: Any) -> SteeringReque
     return value
 
 
-def carry(request: Any, steering: SteeringRequest | None, tokenizer: Any) -> None:
+def carry(request: Any, steering: SteeringRequest | None, input_processor: Any) -> None:
     """Put steering, as plain values, into an `EngineCoreRequest` (changed in place).
-
-    tokenizer: makes the text of the prompt where emphasised spans have to be found in it.
 
     Raises SteeringError where the prompt is not one that the program can steer.
     """
@@ -105,7 +103,7 @@ def carry(request: Any, steering: SteeringRequest | None, tokenizer: Any) -> Non
     extra_args = {key: value for key, value in params.extra_args.items() if key != EXTRA_ARG}
     if steering is not None:
         program = steering.program
-        facts = prompt_facts(Prompt.of_request(request), steering, tokenizer)
+        facts = read_prompt(Prompt.of_request(request), steering, input_processor)
         if not program.is_identity:
             keys = cache_keys(program, facts)
             if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):

@@ -2,7 +2,8 @@
 
 vLLM symbols relied on: `EngineCoreRequest.prompt_token_ids`, `prompt_embeds` and `mm_features`,
 whose items have `modality` and `mm_position` (`offset`, `length`, `is_embed`); before that,
-rendered inputs with `type`, `prompt_token_ids` and `mm_placeholders` (`vllm.inputs.engine`).
+rendered inputs with `type`, `prompt_token_ids`, `mm_placeholders` and `mm_hashes`
+(`vllm.inputs.engine`); `InputProcessor.tokenizer` and `renderer.mm_processor_cache` (`invalidate`).
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from headway.steering.spans import locate
 class Prompt:
     """A prompt as the engine gets it.
 
-    token_ids: None for a prompt of embeddings; places: `PlaceholderRange` of each image or video.
+    token_ids: None for a prompt of embeddings; places: `PlaceholderRange` of each image or video;
+    hashes: of all its multimodal items.
     """
 
     token_ids: Sequence[int] | None
     length: int
     places: tuple[Any, ...] = ()
+    hashes: tuple[str, ...] = ()
 
     @classmethod
     def of_request(cls, request: Any) -> Prompt:
         """The prompt of an `EngineCoreRequest`."""
-        places = (each.mm_position for each in request.mm_features or () if is_image(each.modality))
+        features = request.mm_features or ()
+        places = (each.mm_position for each in features if is_image(each.modality))
         embeds, tokens = request.prompt_embeds, request.prompt_token_ids
         length = len(tokens) if tokens is not None else len(embeds)
-        return cls(tokens if embeds is None else None, length, tuple(places))
+        hashes = tuple(each.mm_hash for each in features)
+        return cls(tokens if embeds is None else None, length, tuple(places), hashes)
 
     @classmethod
     def of_input(cls, rendered: Any) -> Prompt | None:
@@ -48,13 +53,33 @@ class Prompt:
             if is_image(modality)
             for place in found
         ]
-        tokens = rendered["prompt_token_ids"]
-        return cls(tokens, len(tokens), tuple(sorted(places, key=lambda place: place.offset)))
+        tokens, hashes = rendered["prompt_token_ids"], rendered.get("mm_hashes") or {}
+        return cls(
+            tokens,
+            len(tokens),
+            tuple(sorted(places, key=lambda place: place.offset)),
+            tuple(each for found in hashes.values() for each in found),
+        )
 
 
 def is_image(modality: str) -> bool:
     """Whether tokens of a modality carry the tag IMAGE."""
     return modality in ("image", "video")
+
+
+def read_prompt(prompt: Prompt, steering: SteeringRequest, input_processor: Any) -> PromptFacts:
+    """`prompt_facts` on the way into the engine; input_processor: vLLM's.
+
+    vLLM's front end takes it that the engine has seen every image that it processed, and does not
+    send it again: where the request is refused its images are forgotten, so that they are.
+    """
+    try:
+        return prompt_facts(prompt, steering, input_processor.tokenizer)
+    except SteeringError:
+        cache = input_processor.renderer.mm_processor_cache
+        for mm_hash in prompt.hashes if cache is not None else ():
+            cache.invalidate(mm_hash)
+        raise
 
 
 def prompt_facts(prompt: Prompt, steering: SteeringRequest, tokenizer: Any) -> PromptFacts:

@@ -79,6 +79,13 @@ SEAMS: tuple[Seam, ...] = (
         ("sampling_params", "prompt_token_ids", "prompt_embeds", "mm_features", "resumable"),
     ),
     Seam("vllm.v1.engine.input_processor", "InputProcessor.tokenizer"),
+    Seam("vllm.renderers", "BaseRenderer.mm_processor_cache"),
+    Seam(
+        "vllm.multimodal.cache.base",
+        "BaseMultiModalProcessorCache.invalidate",
+        ("self", "mm_hash"),
+    ),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self", "prompt", "sampling_params")),
     # prompt.py
     Seam("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("modality", "mm_position")),
     Seam("vllm.multimodal.inputs", "PlaceholderRange", ("offset", "length", "is_embed")),
@@ -186,7 +193,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "CPUAttentionBackendImpl",
         ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
     ),
-    ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core",)),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core", "self.input_processor")),
     (
         "vllm.v1.worker.cpu_worker",
         "CPUWorker",

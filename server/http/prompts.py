@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from headway.server.engine.prompt import Prompt, prompt_facts
+from headway.server.engine.prompt import Prompt, read_prompt
 from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.spans import check_spans, message_texts
@@ -37,7 +37,7 @@ def check_rendered_prompts(engine_client: Any) -> None:
         if isinstance(steering, SteeringRequest):
             rendered = Prompt.of_input(prompt)
             if rendered is not None:
-                prompt_facts(rendered, steering, engine_client.input_processor.tokenizer)
+                read_prompt(rendered, steering, engine_client.input_processor)
         return original(prompt, sampling_params, *args, **kwargs)
 
     engine_client.generate = generate

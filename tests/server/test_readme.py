@@ -47,13 +47,26 @@ def test_openai_sdk(server):
 
 
 def test_the_error_shown_is_the_one_given(server):
-    (example,) = blocks("json")
+    (example,) = (block for block in blocks("json") if '"error"' in block)
     body = {
         "model": "smollm2-135m-instruct",
         "messages": [{"role": "user", "content": "hi"}],
         "steering": {"methods": [{"method": "vhr", "heads": [[99, 0]]}]},
     }
     assert server.http.post("/v1/chat/completions", json=body).json() == json.loads(example)
+
+
+def test_the_emphasis_example(server):
+    (example,) = (block for block in blocks("json") if '"emphasis"' in block)
+    text = "What do cats like? Answer in one word."
+    body = {
+        "model": "smollm2-135m-instruct",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 8,
+        **json.loads(example),
+    }
+    answer = server.http.post("/v1/chat/completions", json=body).json()
+    assert answer["steering"]["methods"][0]["positions_edited"] > 0
 
 
 @pytest.mark.unit
