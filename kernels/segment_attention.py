@@ -50,6 +50,16 @@ class Sequences:
     tag_row: torch.Tensor
     mass_row: torch.Tensor
 
+    def __post_init__(self) -> None:
+        """Raises KernelError for vectors that are not int32, contiguous and of one length."""
+        for vector in vars(self).values():
+            if (
+                vector.dtype is not torch.int32
+                or not vector.is_contiguous()
+                or vector.shape != self.first_row.shape
+            ):
+                raise KernelError("sequences must be int32 vectors of one length")
+
 
 def segment_attention(
     query: torch.Tensor,
@@ -138,39 +148,39 @@ def _check(
     slot_tags: torch.Tensor | None,
     masses: torch.Tensor | None,
 ) -> None:
+    # Called for every layer of every step: plain comparisons, no text made in advance.
     _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, width = kv_cache.shape
-    count = len(sequences.first_row)
-    expectations = {
-        "query, output and cache of one dtype, float32 or bfloat16": query.dtype in DTYPES
-        and query.dtype == output.dtype == kv_cache.dtype,
-        "output shaped as query": output.shape == query.shape,
-        "heads laid out densely": all(
-            tensor.stride()[1:] == (head_size, 1) for tensor in (query, output)
-        ),
-        "a cache of dense blocks": kv_cache.stride()[2:] == (width, 1) and width == 2 * head_size,
-        f"block size a multiple of {BLOCK_MULTIPLE}": block_size % BLOCK_MULTIPLE == 0,
-        f"head size a multiple of {HEAD_SIZE_MULTIPLE}": head_size % HEAD_SIZE_MULTIPLE == 0,
-        "query heads a multiple of KV heads": num_heads % num_kv_heads == 0,
-        "int32 vectors of one length": all(
-            vector.dtype is torch.int32 and vector.is_contiguous() and vector.shape == (count,)
-            for vector in vars(sequences).values()
-        ),
-        "an int32 block table": block_table.dtype is torch.int32 and block_table.stride(1) == 1,
-        "float32 words of every sequence": words.dtype is torch.float32
-        and words.is_contiguous()
-        and words.shape[:2] == (count, num_heads)
-        and words.shape[2] >= Field.SCALE,
-        "uint8 tags": all(
-            tensor is None or (tensor.dtype is torch.uint8 and tensor.stride(-1) == 1)
-            for tensor in (tags, slot_tags)
-        ),
-        "float32 masses": masses is None
-        or (masses.shape[1:] == (num_heads, len(Mass)) and masses.is_contiguous()),
-    }
-    wrong = [what for what, holds in expectations.items() if not holds]
-    if wrong:
-        raise KernelError(f"segment attention needs {', '.join(wrong)}")
+    dense = (head_size, 1)
+    if query.dtype not in DTYPES or not query.dtype == output.dtype == kv_cache.dtype:
+        raise KernelError("query, output and cache must be of one dtype, float32 or bfloat16")
+    if output.shape != query.shape:
+        raise KernelError("output must be shaped as query")
+    if query.stride()[1:] != dense or output.stride()[1:] != dense:
+        raise KernelError("heads must be laid out densely")
+    if kv_cache.stride()[2:] != (width, 1) or width != 2 * head_size:
+        raise KernelError("the cache must be made of dense blocks of keys and values")
+    if block_size % BLOCK_MULTIPLE or head_size % HEAD_SIZE_MULTIPLE or num_heads % num_kv_heads:
+        raise KernelError(
+            f"block size, head size and query heads must be multiples of {BLOCK_MULTIPLE}, "
+            f"{HEAD_SIZE_MULTIPLE} and the KV heads; got {block_size}, {head_size}, {num_heads}"
+        )
+    if block_table.dtype is not torch.int32 or block_table.stride(1) != 1:
+        raise KernelError("the block table must be int32")
+    if (
+        words.dtype is not torch.float32
+        or not words.is_contiguous()
+        or words.shape[:2] != (len(sequences.first_row), num_heads)
+        or words.shape[2] < Field.SCALE
+    ):
+        raise KernelError("words must be float32, for every head of every sequence")
+    for tensor in (tags, slot_tags):
+        if tensor is not None and (tensor.dtype is not torch.uint8 or tensor.stride(-1) != 1):
+            raise KernelError("tags must be uint8")
+    if masses is not None and (
+        masses.shape[1:] != (num_heads, len(Mass)) or not masses.is_contiguous()
+    ):
+        raise KernelError("masses must be of every head of a row")
 
 
 _POINTERS = (

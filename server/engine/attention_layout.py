@@ -148,15 +148,16 @@ class AttentionLayout:
         self.tables = tables
         self._attends = tables.attends[[span.slot for span in spans]]
         self.layers = frozenset(np.flatnonzero(self._attends.any(axis=0)).tolist())
-        self._groups: dict[bytes, AttentionGroup] = {}
+        self._groups: dict[int, AttentionGroup] = {}
 
     def group(self, layer: int) -> AttentionGroup:
         """The spans to edit at a layer."""
-        chosen = self._attends[:, layer]
-        key = chosen.tobytes()
-        if key not in self._groups:
-            self._groups[key] = AttentionGroup(self.spans, np.flatnonzero(chosen), self.tables)
-        return self._groups[key]
+        if layer not in self._groups:
+            chosen = np.flatnonzero(self._attends[:, layer])
+            same = (g for g in self._groups.values() if np.array_equal(g.indices, chosen))
+            group = next(same, None) or AttentionGroup(self.spans, chosen, self.tables)
+            self._groups[layer] = group
+        return self._groups[layer]
 
     def alone(self, span: Span) -> AttentionGroup:
         """A group of one span."""

@@ -49,8 +49,8 @@ class RequestReadings:
 class Readings:
     """Readings of the spans of one step.
 
-    spans: those with a mass_row, with the RequestReadings they add to and the number of their rows
-    at whose end output is sampled or was: rows from `outputs_from` on.
+    spans: those with a mass_row, in its order, each with the RequestReadings it adds to and the
+    first of its rows that is an output position.
     """
 
     tables: SlotTables
@@ -78,14 +78,18 @@ class Readings:
             return
         values, layers = self._buffer[: len(self._layers)].numpy(), self._layers
         self._layers = []
-        for span, readings, outputs_from in self.spans:
-            rows = slice(span.mass_row, span.mass_row + span.stop - span.start)
-            conditional = self.tables.conditional[span.slot][layers]
-            if conditional.any():
-                met = values[:, rows, :, Mass.EDITED].sum(axis=1)
-                readings.met += int((met * conditional).sum())
-                readings.considered += int(conditional.sum()) * (rows.stop - rows.start)
+        counts = [span.stop - span.start for span, _, _ in self.spans]
+        slots = [span.slot for span, _, _ in self.spans]
+        conditional = self.tables.conditional[np.ix_(slots, layers)]  # [spans, layers, heads]
+        considered = conditional.sum(axis=(1, 2)) * counts
+        first = [span.mass_row for span, _, _ in self.spans]
+        edited = np.add.reduceat(values[..., Mass.EDITED], first, axis=1)  # [layers, spans, heads]
+        met = np.einsum("lsh,slh->s", edited, conditional)
+        for index, (span, readings, outputs_from) in enumerate(self.spans):
+            readings.met += round(float(met[index]))
+            readings.considered += int(considered[index])
             if readings.wants_masses:
+                rows = slice(first[index], first[index] + counts[index])
                 edited = self.tables.edited_heads[span.slot][layers]
                 masses = values[:, rows, :, : len(CLASSES)] * edited[:, None, :, None]
                 self._keep(masses, layers, readings, outputs_from)

@@ -290,10 +290,10 @@ def test_no_sequence_is_no_work():
     ("change", "named"),
     [
         ({"query": lambda q: q.half()}, "one dtype"),
-        ({"output": lambda o: o[:, :3]}, "output shaped as query"),
-        ({"words": lambda w: w[:-1]}, "words of every sequence"),
-        ({"words": lambda w: w.double()}, "words of every sequence"),
-        ({"kv_cache": lambda c: c[:, :, :16]}, "block size"),
+        ({"output": lambda o: o[:, :3]}, "shaped as query"),
+        ({"words": lambda w: w[:-1]}, "every head of every sequence"),
+        ({"words": lambda w: w.double()}, "every head of every sequence"),
+        ({"kv_cache": lambda c: c[:, :, :16].contiguous()}, "block size"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, named):
@@ -312,3 +312,10 @@ def test_tensors_that_do_not_fit_are_refused(change, named):
         args[name] = function(args[name])
     with pytest.raises(KernelError, match=named):
         segment_attention(**args)
+
+
+def test_vectors_that_do_not_fit_are_refused():
+    one = torch.ones(1, dtype=torch.int32)
+    for wrong in (one.long(), torch.ones(2, dtype=torch.int32)):
+        with pytest.raises(KernelError, match="int32 vectors"):
+            Sequences(one, one, one, one, one, one, wrong)
