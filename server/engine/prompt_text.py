@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from headway.steering import Reason, SteeringError
-from headway.steering.spans import Range, RenderedPrompt
+from headway.steering.rendered_prompt import Range, RenderedPrompt
 
 MAX_WAITING = 256
 """Most tokens that may go by without completing a character; decoding them takes quadratic time."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from headway.server.engine.config import unsupported_attention
 from headway.server.http.carriage import CARRIAGES
 from headway.server.http.dry_run import compile_body, cost_class, describe
 from headway.server.http.errors import error_response
@@ -16,6 +17,7 @@ from headway.server.http.state import MAX_REPORTS, SteeringState, steering_state
 from headway.steering import SteeringError
 from headway.steering.compile import ENGINE_FEATURES
 from headway.steering.methods.base import Method
+from headway.steering.program import Feature
 from headway.steering.registry import METHODS
 from headway.steering.schema import MAX_METHODS
 from headway.steering.validation import MAX_SPEC_BYTES
@@ -43,12 +45,13 @@ async def capabilities(raw_request: Request) -> JSONResponse:
                 "hidden_size": geometry.hidden_size,
                 "supports_images": geometry.supports_images,
                 "quantized": geometry.quantized,
+                "sink_dims": list(geometry.sink_dims),
                 "fingerprint": geometry.fingerprint,
             },
             "methods": {name: _method(method) for name, method in METHODS.items()},
             "presets": sorted(state.presets),
             "carriages": list(CARRIAGES),
-            "features": sorted(ENGINE_FEATURES),
+            "features": sorted(_features(state)),
             "limits": {
                 "max_spec_bytes": MAX_SPEC_BYTES,
                 "max_methods": MAX_METHODS,
@@ -101,6 +104,13 @@ def _method(method: type[Method]) -> dict[str, Any]:
         "schema": method.model_json_schema(),
         "defaults": defaults,
     }
+
+
+def _features(state: SteeringState) -> frozenset[Feature]:
+    """What this engine can do, with this model and in this dtype."""
+    if unsupported_attention(state.vllm_config):
+        return ENGINE_FEATURES - {Feature.ATTENTION_EDIT, Feature.READOUT}
+    return ENGINE_FEATURES
 
 
 def _engine(state: SteeringState) -> dict[str, Any]:

@@ -12,13 +12,8 @@ from transformers import AutoTokenizer
 from headway.server.engine.prompt_text import prompt_text
 from headway.server.models.smollm2 import ensure_smollm2
 from headway.steering import SteeringError
-from headway.steering.spans import (
-    RenderedPrompt,
-    check_spans,
-    locate,
-    message_texts,
-    parse_span,
-)
+from headway.steering.rendered_prompt import RenderedPrompt
+from headway.steering.spans import check_spans, locate, message_texts, parse_span
 
 pytestmark = pytest.mark.unit
 
