@@ -128,13 +128,19 @@ def segment_attention(
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled kernel. Raises KernelError if it was not built with this installation."""
-    spec = find_spec("headway.kernels._segment_attention")
-    if spec is None or spec.origin is None:
+    path = library_path()
+    if path is None:
         message = (
             "the CPU attention kernel is not built; install Headway where there is a C compiler"
         )
         raise KernelError(message)
-    return ctypes.CDLL(spec.origin)
+    return ctypes.CDLL(path)
+
+
+def library_path() -> str | None:
+    """Where the compiled kernel is, None if it was not built with this installation."""
+    spec = find_spec("headway.kernels._segment_attention")
+    return spec.origin if spec else None
 
 
 def _check(

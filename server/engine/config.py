@@ -7,12 +7,11 @@ vLLM symbols relied on: `VllmConfig.additional_config`, `ModelConfig` predicates
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from headway.kernels.segment_attention import BLOCK_MULTIPLE, DTYPES
+from headway.kernels.segment_attention import BLOCK_MULTIPLE, DTYPES, library_path
 from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.program import Feature
 
@@ -56,7 +55,7 @@ def unsupported_request(vllm_config: Any) -> str | None:
 def unsupported_attention(vllm_config: Any) -> str | None:
     """Why attention weights cannot be edited in this engine, or None if they can."""
     model, cache = vllm_config.model_config, getattr(vllm_config, "cache_config", None)
-    if find_spec("headway.kernels._segment_attention") is None:
+    if library_path() is None:
         return "the attention kernel was not built; install Headway where there is a C compiler"
     if cache is None:
         return None  # a dry run without an engine, which knows the model only

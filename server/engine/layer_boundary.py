@@ -54,29 +54,26 @@ _HOOKED: WeakSet[torch.nn.Module] = WeakSet()
 """Layers that have the hook already."""
 
 
-def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> int:
-    """Hook the decoder layers of a loaded model; returns how many.
+def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> None:
+    """Hook the decoder layers of a loaded model.
 
     attention_layers: layer name -> attention module, for the decoder's attention layers.
     """
     _register()
-    paths = {id(module): path for path, module in model.named_modules()}
     modules = dict(model.named_modules())
-    hooked = 0
+    paths = {id(module): path for path, module in modules.items()}
     for name, attention in attention_layers.items():
         index = extract_layer_index(name)
         path = paths.get(id(attention), name).split(".")
         if str(index) not in path:
             continue
-        layer = modules[".".join(path[: path.index(str(index)) + 1])]
-        hooked += _hook(layer, index)
-    return hooked
+        _hook(modules[".".join(path[: path.index(str(index)) + 1])], index)
 
 
-def _hook(layer: torch.nn.Module, index: int) -> bool:
-    names = [name for name in inspect.signature(layer.forward).parameters]
+def _hook(layer: torch.nn.Module, index: int) -> None:
+    names = list(inspect.signature(layer.forward).parameters)
     if "hidden_states" not in names or layer in _HOOKED:
-        return False
+        return
     at_hidden = names.index("hidden_states")
     at_residual = names.index("residual") if "residual" in names else len(names)
 
@@ -89,4 +86,3 @@ def _hook(layer: torch.nn.Module, index: int) -> bool:
 
     layer.register_forward_pre_hook(show, with_kwargs=True)
     _HOOKED.add(layer)
-    return True

@@ -14,9 +14,12 @@ from typing import Any
 
 from headway.server.engine.prompt_text import prompt_text
 from headway.server.engine.request import SteeringRequest
-from headway.steering import Reason, SteeringError
+from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.positions import PromptFacts, Range
 from headway.steering.spans import locate
+
+PICTURES = ("image", "video")
+"""Modalities that count as images."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,14 @@ class Prompt:
 
 def is_image(modality: str) -> bool:
     """Whether tokens of a modality carry the tag IMAGE."""
-    return modality in ("image", "video")
+    return modality in PICTURES
+
+
+def require_image(program: SteeringProgram, has_image: bool) -> None:
+    """Raise SteeringError(E_NO_IMAGE) for a program that means nothing without an image."""
+    if program.image_param and not has_image:
+        message = "this method steers by the image of the prompt, and the prompt has none"
+        raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
 
 
 def read_prompt(prompt: Prompt, steering: SteeringRequest, input_processor: Any) -> PromptFacts:
@@ -90,9 +100,7 @@ def prompt_facts(prompt: Prompt, steering: SteeringRequest, tokenizer: Any) -> P
     tokens to mark.
     """
     program = steering.program
-    if program.image_param and not prompt.places:
-        message = "this method steers by the image of the prompt, and the prompt has none"
-        raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
+    require_image(program, bool(prompt.places))
     marks: tuple[Range, ...] = ()
     if program.marks:
         if prompt.token_ids is None:

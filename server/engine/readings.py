@@ -83,8 +83,8 @@ class Readings:
         conditional = self.tables.conditional[np.ix_(slots, layers)]  # [spans, layers, heads]
         considered = conditional.sum(axis=(1, 2)) * counts
         first = [span.mass_row for span, _, _ in self.spans]
-        edited = np.add.reduceat(values[..., Mass.EDITED], first, axis=1)  # [layers, spans, heads]
-        met = np.einsum("lsh,slh->s", edited, conditional)
+        held = np.add.reduceat(values[..., Mass.EDITED], first, axis=1)  # [layers, spans, heads]
+        met = np.einsum("lsh,slh->s", held, conditional)
         for index, (span, readings, outputs_from) in enumerate(self.spans):
             readings.met += round(float(met[index]))
             readings.considered += int(considered[index])

@@ -13,15 +13,13 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from headway.server.engine.prompt import Prompt, read_prompt
+from headway.server.engine.prompt import PICTURES, Prompt, read_prompt, require_image
 from headway.server.engine.request import EXTRA_ARG, SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringProgram
 from headway.steering.spans import check_spans, message_texts
 
 PROMPT_FIELDS = ("messages", "prompt", "input", "prompt_embeds")
 """Where a body holds its prompt; one without any is a dry run of the steering alone."""
-
-PICTURES = ("image", "video")
 
 
 def check_rendered_prompts(engine_client: Any) -> None:
@@ -51,9 +49,7 @@ def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str
     """
     if not any(body.get(name) is not None for name in PROMPT_FIELDS):
         return None
-    if program.image_param and not _has_picture(body.get("messages") or body.get("input")):
-        message = "this method steers by the image of the prompt, and the prompt has none"
-        raise SteeringError(Reason.NO_IMAGE, message, program.image_param)
+    require_image(program, _has_picture(body.get("messages") or body.get("input")))
     messages = body.get("messages")
     texts = None
     if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):

