@@ -157,6 +157,13 @@ class HeadWords:
         return (self.table[..., CONDITION] != 0).any(axis=-1)
 
     @property
+    def moves_mass(self) -> np.ndarray:
+        """bool [num_layers, num_heads]: where mass is moved, gained, renormalised or asked about."""
+        columns = [F.MOVED_SHARE, F.GAIN_B, F.RENORM]
+        changed = (self.table[..., columns] != IDENTITY_WORD[columns]).any(axis=-1)
+        return np.asarray(changed | self.is_conditional)
+
+    @property
     def is_identity(self) -> bool:
         """Whether no word changes anything."""
         return not bool(self.edited.any())

@@ -18,10 +18,12 @@ import triton.language as tl
 from headway.kernels.triton.specialisation import Specialisation
 
 # Floats of the cache that a program holds at a time, and so keys. The first kernel walks over all
-# keys of a sequence, and wants long steps; the second has a program per tile, and wants many.
+# keys of a sequence, and wants long steps; the second has a program per tile, and wants many. The
+# warps are those found that do not spill registers on sm_80 and sm_90; `aot` checks it.
 LSE_TILE = 8192
+LSE_WARPS = 8
 SALIENCY_TILE = 2048
-NUM_WARPS = 4
+SALIENCY_WARPS = 2
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def saliency_rows(
         *where,
         **constants,
         TILE=_tile(LSE_TILE, head_size),
-        num_warps=NUM_WARPS,
+        num_warps=LSE_WARPS,
     )
     saliency_kernel[(batch, triton.cdiv(max_len, tile))](
         saliency,
@@ -237,7 +239,7 @@ def saliency_rows(
         NUM_KV_HEADS=num_kv_heads,
         NUM_CANDIDATES=num_candidates,
         CANDIDATES_BLOCK=triton.next_power_of_2(num_candidates),
-        num_warps=NUM_WARPS,
+        num_warps=SALIENCY_WARPS,
     )
 
 
@@ -267,10 +269,13 @@ def specialisations() -> Iterator[Specialisation]:
     }
     unaligned = {"softmax_scale", "max_len", "saliency_candidate_stride", "table_stride"}
     sizes = {"NUM_KV_HEADS": 8, "NUM_CANDIDATES": 5, "CANDIDATES_BLOCK": 8}
-    kernels = (("lse", lse_kernel, LSE_TILE), ("saliency", saliency_kernel, SALIENCY_TILE))
+    kernels = (
+        ("lse", lse_kernel, LSE_TILE, LSE_WARPS),
+        ("saliency", saliency_kernel, SALIENCY_TILE, SALIENCY_WARPS),
+    )
     for dtype in ("bf16", "fp16", "fp32"):
         for head_size in (64, 80, 96, 128, 256):
-            for part, function, floats in kernels:
+            for part, function, floats, num_warps in kernels:
                 constants = sizes | _constants(group=4, head_size=head_size, block_size=16)
                 constants["TILE"] = _tile(floats, head_size)
                 arguments = [name for name in function.arg_names if name not in constants]
@@ -283,7 +288,7 @@ def specialisations() -> Iterator[Specialisation]:
                     signature=signature,
                     constants={n: v for n, v in constants.items() if n in function.arg_names},
                     aligned=tuple(name for name in arguments if name not in unaligned),
-                    num_warps=NUM_WARPS,
+                    num_warps=num_warps,
                     head_size=head_size,
                     dtype=dtype,
                 )

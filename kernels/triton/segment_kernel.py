@@ -127,7 +127,6 @@ def segment_kernel(
     window_a = tl.load(word + finish.WINDOW_A, mask=used, other=0.0).to(tl.int32)[:, None]
     window_b = tl.load(word + finish.WINDOW_B, mask=used, other=0.0).to(tl.int32)[:, None]
     kept_a = 1.0 - tl.load(word + finish.MOVED_SHARE, mask=used, other=0.0)[:, None]
-    gains_b = tl.load(word + finish.GAIN_B, mask=used, other=1.0)[:, None] != 1.0
 
     position = tl.load(seq_lens + sequence) - count + row
     # Rows that are not edited must not widen the loop.

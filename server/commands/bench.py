@@ -8,6 +8,7 @@ from importlib import import_module
 
 BENCHMARKS = {
     "overhead": "tokens/s of an idle and of a steering Headway engine, relative to stock vLLM",
+    "kernels": "the Triton kernels: timed on a CUDA device, or compiled and modelled without one",
 }
 """Name -> one line of help; a benchmark is the module of its name in `headway.benchmarks`."""
 

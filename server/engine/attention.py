@@ -1,16 +1,13 @@
-"""Seam: the output of attention on vLLM's CPU backend.
+"""Attention of a layer as a step's plan wants it, around whichever kernel vLLM has for it.
 
-vLLM symbols relied on: `vllm.v1.attention.backends.cpu_attn` (`CPUAttentionBackend`,
-`CPUAttentionBackendImpl.forward` with `layer.layer_name` and the `output` it writes, its fields
-`scale`, `logits_soft_cap`, `sliding_window`, and `CPUAttentionMetadata`), `register_backend` and
-`AttentionBackendEnum.CPU_ATTN`,
-`vllm.model_executor.models.utils.extract_layer_index`.
+vLLM symbols relied on: `forward` of an attention implementation, called with `layer.layer_name` and
+the `output` it writes; `vllm.model_executor.models.utils.extract_layer_index`. vLLM calls attention
+through an opaque custom op, so that compiled models pass here too.
 
 Rows of unsteered requests, and of steered ones at layers that they do not edit, come from the base
 kernel. Rows whose attention weights are edited come from Headway's kernel, over the same cache; the
 base kernel is spared them through the sequence lengths it is given. Head outputs are then scaled
-and shifted in place. vLLM calls attention through an opaque custom op, so that compiled models pass
-here too.
+and shifted in place.
 """
 
 from __future__ import annotations
@@ -22,15 +19,20 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from headway.server.engine.attention_layout import AttentionCall
-from headway.server.engine.step_plan import current
+from headway.server.engine.step_plan import AttentionCall, current
 
 
-class SteeringCPUAttentionImpl(CPUAttentionBackendImpl):
-    """CPU attention with the edits of steered requests."""
+class SteeringAttention:
+    """Mixed into a backend's implementation: attention with the edits of steered requests."""
+
+    num_heads: int
+    head_size: int
+    scale: float
+    attn_type: str
+    logits_soft_cap: float | None
+    sliding_window: Any
+    base_takes_seq_lens = True
 
     def forward(
         self,
@@ -48,7 +50,7 @@ class SteeringCPUAttentionImpl(CPUAttentionBackendImpl):
             metadata = attn_metadata
             if seq_lens is not None:
                 metadata = replace(attn_metadata, seq_lens=seq_lens)
-            super(SteeringCPUAttentionImpl, self).forward(
+            super(SteeringAttention, self).forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, metadata, output, *args, **kwargs
             )
 
@@ -65,32 +67,27 @@ class SteeringCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
     def _call(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
-        attn_metadata: Any,
+        self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, metadata: Any
     ) -> AttentionCall:
         shape = len(query), self.num_heads, self.head_size
+        window = self.sliding_window
+        if isinstance(window, tuple):  # how many keys to the left, and to the right
+            window = window[0] + 1 if window[0] >= 0 else -1
         return AttentionCall(
             query.view(shape),
             kv_cache,
             output.view(shape),
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.slot_mapping,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            metadata.slot_mapping,
             self.scale,
-            self.logits_soft_cap,
-            self.sliding_window,
+            self.logits_soft_cap or 0.0,
+            window,
+            getattr(metadata, "max_query_len", 0),
+            getattr(metadata, "max_seq_len", 0),
+            self.base_takes_seq_lens,
         )
-
-
-class SteeringCPUAttentionBackend(CPUAttentionBackend):
-    """vLLM's CPU attention backend with the implementation above."""
-
-    @staticmethod
-    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return SteeringCPUAttentionImpl
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +96,10 @@ def layer_index(layer_name: str) -> int:
     return extract_layer_index(layer_name)
 
 
-def install() -> None:
-    """Have vLLM build CPU attention layers with the steering implementation."""
-    backend = SteeringCPUAttentionBackend
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__qualname__}")
+def decoder_layers(context: dict[str, Any]) -> dict[str, Any]:
+    """Of vLLM's `static_forward_context`: layer name -> attention layer of the decoder."""
+    return {
+        name: module
+        for name, module in context.items()
+        if getattr(module, "attn_type", None) == AttentionType.DECODER
+    }

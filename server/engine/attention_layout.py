@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,44 +9,10 @@ import torch
 
 from headway.kernels.segment_attention import Sequences, segment_attention
 from headway.server.engine.slots import SlotTables
+from headway.server.engine.step_plan import AttentionCall, Span
 
 if TYPE_CHECKING:
-    from headway.server.engine.step_plan import StepPlan
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive rows of the batch that belong to one request and one set of its edits.
-
-    sequence: index of the request in the batch; num_scheduled: all its rows in this step.
-    tag_row: row of its tags by position, -1 for none. prompt_len: in tokens.
-    mass_row: row of the readings that its first row writes, -1 if its masses are not read.
-    """
-
-    request_id: str
-    slot: int
-    start: int
-    stop: int
-    sequence: int = 0
-    num_scheduled: int = 0
-    prompt_len: int = 0
-    tag_row: int = -1
-    mass_row: int = -1
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one attention layer of vLLM was called with, in the kernel's terms."""
-
-    query: torch.Tensor
-    kv_cache: torch.Tensor
-    output: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    slot_mapping: torch.Tensor
-    softmax_scale: float
-    soft_cap: float
-    sliding_window: int
+    from headway.server.engine.cpu_plan import CpuStepPlan
 
 
 class AttentionGroup:
@@ -79,11 +44,11 @@ class AttentionGroup:
         self._whole = torch.tensor(whole, dtype=torch.int64)
         self._whole_lens = torch.tensor([scheduled[each] for each in whole], dtype=torch.int32)
         self._words: dict[int, torch.Tensor] = {}
-        self._step: StepPlan | None = None
+        self._step: CpuStepPlan | None = None
         self._seq_lens: dict[int, torch.Tensor | None] = {}
         self._sequences: Sequences | None = None
 
-    def base_seq_lens(self, step: StepPlan, seq_lens: torch.Tensor) -> torch.Tensor | None:
+    def base_seq_lens(self, step: CpuStepPlan, seq_lens: torch.Tensor) -> torch.Tensor | None:
         """Sequence lengths for the base kernel; None if it has nothing to compute.
 
         The kernel finds the keys of a query from these lengths, so that a sequence as long as its
@@ -103,7 +68,7 @@ class AttentionGroup:
 
     def run(
         self,
-        step: StepPlan,
+        step: CpuStepPlan,
         layer: int,
         call: AttentionCall,
         slot_tags: torch.Tensor | None,
@@ -134,7 +99,7 @@ class AttentionGroup:
             masses,
         )
 
-    def _begin(self, step: StepPlan) -> None:
+    def _begin(self, step: CpuStepPlan) -> None:
         if self._step is not step:
             self._step, self._sequences = step, None
             self._seq_lens.clear()

@@ -47,22 +47,44 @@ def unsupported_request(vllm_config: Any) -> str | None:
     """Why no request of this engine can be steered, or None; unsteered ones are served."""
     if vllm_config.speculative_config is not None:
         return "steering together with speculative decoding is not supported"
-    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "steering together with context parallelism is not supported"
+    if parallel.use_ubatching:
+        return "steering together with dual batch overlap is not supported"
     return None
 
 
 def unsupported_attention(vllm_config: Any) -> str | None:
     """Why attention weights cannot be edited in this engine, or None if they can."""
     model, cache = vllm_config.model_config, getattr(vllm_config, "cache_config", None)
-    if library_path() is None:
+    on_gpu = uses_gpu_runner(vllm_config)
+    if not on_gpu and library_path() is None:
         return "the attention kernel was not built; install Headway where there is a C compiler"
     if cache is None:
         return None  # a dry run without an engine, which knows the model only
-    if model.dtype not in DTYPES:
-        return f"the attention kernel takes float32 and bfloat16, not {model.dtype}"
+    dtypes = GPU_DTYPES if on_gpu else DTYPES
+    if model.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the attention kernel takes {known}, not {model.dtype}"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         return f"the attention kernel does not read a KV cache of {cache.cache_dtype}"
+    if not on_gpu and (reason := _unsupported_cpu_cache(model, cache)):
+        return reason
+    text = model.hf_text_config
+    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
+        return "layers with ALiBi are not supported"
+    if getattr(text, "model_type", "") in MODELS_WITH_SINK_LOGITS:
+        return "layers with learned attention sinks are not supported"
+    return None
+
+
+def uses_gpu_runner(vllm_config: Any) -> bool:
+    """Whether this engine runs vLLM's V2 runner, with the Triton kernels behind it."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
+def _unsupported_cpu_cache(model: Any, cache: Any) -> str | None:
     if cache.block_size % BLOCK_MULTIPLE:
         return f"the KV cache's block size must be a multiple of {BLOCK_MULTIPLE}"
     layout = cache_layout(model.dtype, cache.block_size, model.get_head_size())
@@ -71,13 +93,10 @@ def unsupported_attention(vllm_config: Any) -> str | None:
             f"on this processor vLLM lays a {model.dtype} KV cache out as `{layout}`, which the "
             "attention kernel does not read; --dtype float32 has the layout it reads"
         )
-    text = model.hf_text_config
-    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
-        return "layers with ALiBi are not supported"
-    if getattr(text, "model_type", "") in MODELS_WITH_SINK_LOGITS:
-        return "layers with learned attention sinks are not supported"
     return None
 
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MODELS_WITH_SINK_LOGITS = ("gpt_oss",)
 """Their softmax has a further, learned logit, which the head word does not describe."""

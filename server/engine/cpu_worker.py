@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed import get_tp_group
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from headway.server.engine import attention, layer_boundary
+from headway.server.engine import attention, cpu_attention, layer_boundary
+from headway.server.engine.cpu_plan import CpuPlanner
 from headway.server.engine.geometry import geometry_of
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
@@ -47,14 +47,9 @@ class SteeringCPUModelRunner(CPUModelRunner):
             rank=group.rank_in_group,
             world_size=group.world_size,
         )
-        self.steering = SteeringState(geometry, tables)
+        self.steering = SteeringState(geometry, CpuPlanner(tables))
         context = self.vllm_config.compilation_config.static_forward_context
-        decoder = {
-            name: module
-            for name, module in context.items()
-            if getattr(module, "attn_type", None) == AttentionType.DECODER
-        }
-        layer_boundary.install(self.model, decoder)
+        layer_boundary.install(self.model, attention.decoder_layers(context))
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
@@ -101,5 +96,5 @@ class HeadwayCPUWorker(SteeringRpc, cpu_worker.CPUWorker):
         if self.use_v2_model_runner:
             raise RuntimeError("Headway steers on vLLM's V1 model runner only, V2 was selected")
         cpu_worker.CPUModelRunner = SteeringCPUModelRunner
-        attention.install()
+        cpu_attention.install()
         super().init_device()

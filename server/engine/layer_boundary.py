@@ -26,7 +26,7 @@ from headway.server.engine.step_plan import current
 def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     """Show the residual stream that enters a layer to the plan of this step, if there is one."""
     plan = current.plan
-    if plan is not None and plan.sink_rows:
+    if plan is not None:
         plan.observe_residual(layer, hidden_states, residual)
 
 

@@ -12,11 +12,14 @@ from functools import wraps
 from typing import Any
 
 from headway.server.engine import cache_key, input_processor
-from headway.server.engine.config import is_enabled, unsupported_model
+from headway.server.engine.config import is_enabled, unsupported_model, uses_gpu_runner
 from headway.server.engine.geometry import check_profiles
+
+GPU_WORKER = "headway.server.engine.gpu_worker.HeadwayGPUWorker"
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "headway.server.engine.cpu_worker.HeadwayCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": GPU_WORKER,
 }
 """vLLM's worker class -> ours, which steers."""
 
@@ -62,6 +65,11 @@ def enable(vllm_config: Any) -> None:
     check_profiles(vllm_config)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = _replace(parallel.worker_cls, WORKERS, "worker")
+    if parallel.worker_cls == GPU_WORKER and not uses_gpu_runner(vllm_config):
+        raise ValueError(
+            "on GPU Headway steers with vLLM's V2 model runner, and vLLM chose V1: because of "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or of an option that V2 lacks (its log says which)"
+        )
     base = scheduler.get_scheduler_cls()
     name = f"{base.__module__}.{base.__qualname__}"
     scheduler.scheduler_cls = _replace(name, SCHEDULERS, "scheduler")

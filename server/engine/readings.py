@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from headway.kernels.head_word import Mass
-from headway.server.engine.attention_layout import Span
 from headway.server.engine.slots import SlotTables
+
+if TYPE_CHECKING:
+    from headway.server.engine.step_plan import Span
 
 BUFFER_LIMIT = 1 << 22
 """Most floats kept before they are added up."""
@@ -25,6 +28,7 @@ class RequestReadings:
     met, considered: (query, head, layer) triples whose edit has a condition, and those where it
     held. last, total: float64 [num_layers, local heads, 3], masses of class A, class B and image
     at the last position and added up over `outputs` output positions; kept where `wants_masses`.
+    parts: what was read on a device and is still there; fetch: brings it here.
     """
 
     wants_masses: bool = False
@@ -33,9 +37,20 @@ class RequestReadings:
     outputs: int = 0
     last: np.ndarray | None = None
     total: np.ndarray | None = None
+    parts: list[torch.Tensor] = field(default_factory=list)
+    fetch: Callable[[RequestReadings], None] | None = None
+
+    def masses(self, tables: SlotTables) -> tuple[np.ndarray, np.ndarray]:
+        """`last` and `total`, made when first asked for."""
+        if self.last is None or self.total is None:
+            shape = tables.geometry.num_layers, tables.local_heads, len(CLASSES)
+            self.last, self.total = np.zeros(shape), np.zeros(shape)
+        return self.last, self.total
 
     def as_dict(self, heads: slice) -> dict[str, Any]:
         """Plain values; heads: those of this rank, for their global indices."""
+        if self.fetch is not None:
+            self.fetch(self)
         masses = []
         if self.last is not None and self.total is not None:
             for layer, head in np.argwhere(self.last.any(axis=-1) | self.total.any(axis=-1)):
@@ -97,8 +112,6 @@ class Readings:
     def _keep(
         self, masses: np.ndarray, layers: list[int], readings: RequestReadings, outputs_from: int
     ) -> None:
-        if readings.last is None or readings.total is None:
-            shape = self.tables.geometry.num_layers, self.tables.local_heads, len(CLASSES)
-            readings.last, readings.total = np.zeros(shape), np.zeros(shape)
-        readings.last[layers] = masses[:, -1]
-        readings.total[layers] += masses[:, outputs_from:].sum(axis=1)
+        last, total = readings.masses(self.tables)
+        last[layers] = masses[:, -1]
+        total[layers] += masses[:, outputs_from:].sum(axis=1)

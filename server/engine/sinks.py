@@ -16,7 +16,7 @@ from headway.steering.head_words import KeyTag
 from headway.steering.program import SinkRule
 
 if TYPE_CHECKING:
-    from headway.server.engine.attention_layout import AttentionCall
+    from headway.server.engine.step_plan import AttentionCall
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,12 +24,14 @@ class SlotTables:
     layers: the layers of this pipeline stage (all by default); rank and world_size: of the
     tensor-parallel group, which splits the query heads evenly; max_len: longest sequence.
 
+    capacity: number of slots; local_heads: query heads of this rank.
     scale: float32 [num_layers, capacity, local heads].
     shift: layer -> float32 [capacity, local heads, head_size], made when a layer first needs it.
     words: layer -> float32 [capacity, local heads, SCALE], the columns of the head word before
         the affine ones; made when a layer first needs it.
     tags: uint8 [max_num_seqs, max_len], bits of KeyTag by position, made when first needed.
-    affine, shifted, attends: bool [capacity, num_layers], on the host: what a slot edits where.
+    affine, shifted, attends, moves: bool [capacity, num_layers], on the host: what a slot edits
+        where; moves: whether mass is moved, gained or asked about.
     edited_heads, conditional: bool [capacity, num_layers, local heads], on the host: words that
         edit attention weights, and those that do on a condition.
     """
@@ -52,28 +54,17 @@ class SlotTables:
         self.heads = slice(rank * local, (rank + 1) * local)
         self.layers = layers or range(geometry.num_layers)
         self.max_num_seqs, self.max_len = max_num_seqs, max_len
-        self.scale = torch.ones(geometry.num_layers, capacity, local, device=device)
-        self.shift: dict[int, torch.Tensor] = {}
-        self.words: dict[int, torch.Tensor] = {}
-        self.tags: torch.Tensor | None = None
-        self.affine, self.shifted, self.attends = np.zeros(
-            (3, capacity, geometry.num_layers), dtype=bool
+        self.local_heads = local
+        self.capacity = capacity
+        self.affine, self.shifted, self.attends, self.moves = np.zeros(
+            (4, capacity, geometry.num_layers), dtype=bool
         )
         self.edited_heads, self.conditional = np.zeros(
             (2, capacity, geometry.num_layers, local), dtype=bool
         )
         self._free = list(range(capacity - 1, -1, -1))
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots."""
-        return self.attends.shape[0]
-
-    @property
-    def local_heads(self) -> int:
-        """Query heads of this rank."""
-        return self.scale.shape[2]
+        self._allocate(device)
 
     @property
     def num_used(self) -> int:
@@ -98,12 +89,8 @@ class SlotTables:
         self.affine[slot] = own & scaled | self.shifted[slot]
         self.edited_heads[slot] = words.edits_attention[:, self.heads]
         self.conditional[slot] = words.is_conditional[:, self.heads]
-        scale = words.table[:, self.heads, HeadField.SCALE]
-        self.scale[:, slot] = torch.from_numpy(np.ascontiguousarray(scale))
-        self._upload_shifts(slot, words)
-        for layer in np.flatnonzero(self.attends[slot]).tolist():
-            fields = words.table[layer, self.heads, : HeadField.SCALE]
-            self._layer_words(layer)[slot] = torch.from_numpy(np.ascontiguousarray(fields))
+        self.moves[slot] = own & words.moves_mass.any(axis=-1)
+        self._upload(slot, words)
         return self._free.pop()
 
     def acquire_tags(self, facts: PromptFacts) -> int:
@@ -115,26 +102,45 @@ class SlotTables:
             raise RuntimeError(f"all {self.max_num_seqs} rows of tags are taken")
         if facts.prompt_len > self.max_len:
             raise ValueError(f"a prompt of {facts.prompt_len}, longer than {self.max_len} tokens")
-        if self.tags is None:
-            shape = self.max_num_seqs, self.max_len
-            self.tags = torch.zeros(shape, dtype=torch.uint8, device=self.scale.device)
         row = self._free_rows[-1]
         tags = np.zeros(self.max_len, dtype=np.uint8)
         for tag, ranges in ((KeyTag.IMAGE, facts.image_tokens), (KeyTag.EMPHASISED, facts.marks)):
             for start, stop in ranges:
                 tags[start:stop] |= np.uint8(tag)
-        self.tags[row] = torch.from_numpy(tags)
+        self._upload_tags(row, tags)
         return self._free_rows.pop()
 
     def release(self, slot: int) -> None:
         """Give a slot back; its rows are overwritten by the next `acquire`."""
-        for flags in (self.affine, self.shifted, self.attends):
+        for flags in (self.affine, self.shifted, self.attends, self.moves):
             flags[slot] = False
         self._free.append(slot)
 
     def release_tags(self, row: int) -> None:
         """Give a row of tags back."""
         self._free_rows.append(row)
+
+    def _allocate(self, device: str | torch.device) -> None:
+        self.scale = torch.ones(
+            self.geometry.num_layers, self.capacity, self.local_heads, device=device
+        )
+        self.shift: dict[int, torch.Tensor] = {}
+        self.words: dict[int, torch.Tensor] = {}
+        self.tags: torch.Tensor | None = None
+
+    def _upload(self, slot: int, words: HeadWords) -> None:
+        scale = words.table[:, self.heads, HeadField.SCALE]
+        self.scale[:, slot] = torch.from_numpy(np.ascontiguousarray(scale))
+        self._upload_shifts(slot, words)
+        for layer in np.flatnonzero(self.attends[slot]).tolist():
+            fields = words.table[layer, self.heads, : HeadField.SCALE]
+            self._layer_words(layer)[slot] = torch.from_numpy(np.ascontiguousarray(fields))
+
+    def _upload_tags(self, row: int, tags: np.ndarray) -> None:
+        if self.tags is None:
+            shape = self.max_num_seqs, self.max_len
+            self.tags = torch.zeros(shape, dtype=torch.uint8, device=self.scale.device)
+        self.tags[row] = torch.from_numpy(tags)
 
     def _upload_shifts(self, slot: int, words: HeadWords) -> None:
         layers = np.flatnonzero(self.shifted[slot]).tolist()

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from headway.server.engine.attention_layout import Span
-from headway.server.engine.readings import Readings, RequestReadings
+from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
-from headway.server.engine.sinks import SinkRows, SinkTags
-from headway.server.engine.slots import SlotTables
+from headway.server.engine.sinks import SinkRows
 from headway.server.engine.statistics import StepSeconds
-from headway.server.engine.step_plan import RowLayout, StepPlan
+from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
 from headway.steering.head_words import HeadWords, KeyTag
 from headway.steering.positions import PromptFacts, Run, runs
@@ -75,7 +73,7 @@ class SteeredRequest:
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class _Rows:
     """The rows of one steered request in a step, and the position of the first of them."""
 
     request_id: str
@@ -85,33 +83,28 @@ class Scheduled:
     position: int
 
 
-@dataclass
-class _Step:
-    """What the requests of a step add up to."""
-
-    spans: list[Span] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    sink_rows: list[SinkRows] = field(default_factory=list)
-    readings: list[tuple[Span, RequestReadings, int]] = field(default_factory=list)
-    mass_rows: int = 0
-
-
 class SteeringState:
     """Steered requests of a worker, from arrival to end, across preemption."""
 
-    def __init__(self, geometry: ModelGeometry, tables: SlotTables) -> None:
+    def __init__(self, geometry: ModelGeometry, planner: Planner) -> None:
         self.geometry = geometry
-        self.tables = tables
+        self.planner = planner
+        self.tables = planner.tables
         self.requests: dict[str, SteeredRequest] = {}
         self.reports: OrderedDict[str, EngineReport] = OrderedDict()
         self.readings: dict[str, RequestReadings] = {}
-        self.sink_tags = SinkTags()
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
-        self._layout: RowLayout | None = None
+        self._preempted: set[str] = set()
 
     def add(self, request_id: str, payload: dict[str, Any]) -> None:
-        """A new request (or a new turn of a resumable one) with an encoded program."""
+        """A new request (or a new turn of a resumable one) with an encoded program.
+
+        One that was preempted comes back as it was.
+        """
+        if request_id in self._preempted:
+            self._preempted.discard(request_id)
+            return
         self.remove([request_id])
         request = SteeredRequest(str(payload.get("report_id") or request_id))
         self._report(request).sequences += 1
@@ -128,6 +121,14 @@ class SteeringState:
             if request is not None:
                 self._release(request)
             self._failed.discard(request_id)
+            self._preempted.discard(request_id)
+
+    def preempt(self, request_ids: Iterable[str]) -> None:
+        """Requests that leave the batch and will be added again, for runners that do so."""
+        for request_id in request_ids:
+            if request_id in self.requests:
+                self._release(self.requests[request_id])
+                self._preempted.add(request_id)
 
     @property
     def num_placed(self) -> int:
@@ -153,11 +154,11 @@ class SteeringState:
             count = int(num_scheduled_tokens[index])
             if request_id in self.requests:
                 position = int(num_computed_tokens[index])
-                scheduled.append(Scheduled(request_id, index, start, count, position))
+                scheduled.append(_Rows(request_id, index, start, count, position))
             start += count
         for request_id in self.requests.keys() - {each.request_id for each in scheduled}:
             self._release(self.requests[request_id])
-        step = _Step()
+        step = Scheduled(len(request_ids), start)
         for each in scheduled:
             self._report(self.requests[each.request_id]).positions_computed += each.count
             with self.guard("slot", [each.request_id]):
@@ -165,27 +166,20 @@ class SteeringState:
                     self._plan_request(each, step)
         if not step.spans and not step.sink_rows:
             return None
-        plan = StepPlan(
-            self.tables,
-            self._lay_out(tuple(step.spans)),
-            np.array(step.positions, dtype=np.int32),
-            tuple(step.sink_rows),
-            self.sink_tags,
-            Readings(self.tables, step.readings, step.mass_rows) if step.readings else None,
-        )
+        plan = self.planner.plan(step)
         plan.seconds = time.perf_counter() - started
         return plan
 
     def close_step(self, plan: StepPlan) -> None:
         """Count what a step did, after its forward pass."""
-        items: list[Span | SinkRows] = [*plan.layout.spans, *plan.sink_rows]
+        items: list[Span | SinkRows] = [*plan.spans, *plan.sink_rows]
         for item in items:
             error = plan.failures.get(item.request_id)
             if error is None and (missed := plan.missed(item)):
                 error = RuntimeError(f"an edit did not run on layers {missed}")
             if error is not None:
                 self._fail(item.request_id, "edit", error)
-        for span in plan.layout.spans:
+        for span in plan.spans:
             request = self.requests[span.request_id]
             report, count = self._report(request), span.stop - span.start
             if span.request_id in self._failed:
@@ -195,8 +189,7 @@ class SteeringState:
             active = next(key for key, slot in request.slots.items() if slot == span.slot)
             for scope in {str(request.program.head_edits[index].scope) for index in active}:
                 report.by_scope[scope] = report.by_scope.get(scope, 0) + count
-        if plan.readings is not None:
-            plan.readings.flush()
+        plan.collect()
         self.step_seconds.observe(plan.seconds)
 
     def take_failed(self) -> tuple[str, ...]:
@@ -227,7 +220,7 @@ class SteeringState:
             for request_id in list(self.requests if request_ids is None else request_ids):
                 self._fail(request_id, stage, error)
 
-    def _plan_request(self, each: Scheduled, step: _Step) -> None:
+    def _plan_request(self, each: _Rows, step: Scheduled) -> None:
         """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
         request = self.requests[each.request_id]
         facts, stop = request.facts, each.position + each.count
@@ -270,7 +263,7 @@ class SteeringState:
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
             request.slots[run.active] = self.tables.acquire(request.words(run.active))
-            self._layout = None
+            self.planner.changed()
         return request.slots[run.active]
 
     def _tag_row(self, request: SteeredRequest) -> int:
@@ -278,18 +271,12 @@ class SteeringState:
             return -1
         if request.tag_row is None:
             request.tag_row = self.tables.acquire_tags(request.facts)
-            self._layout = None
+            self.planner.changed()
         return request.tag_row
 
     def _readings(self, request: SteeredRequest) -> RequestReadings:
         wants = Readout.CLASS_MASSES in request.program.readouts
         return self.readings.setdefault(request.report_id, RequestReadings(wants))
-
-    def _lay_out(self, spans: tuple[Span, ...]) -> RowLayout:
-        # In steady decode the batch does not change, and neither does its layout.
-        if self._layout is None or self._layout.spans != spans:
-            self._layout = RowLayout.of(spans, self.tables)
-        return self._layout
 
     def _release(self, request: SteeredRequest) -> None:
         if not request.slots and request.tag_row is None:
@@ -300,7 +287,9 @@ class SteeringState:
         if request.tag_row is not None:
             self.tables.release_tags(request.tag_row)
             request.tag_row = None
-        self._layout = None
+        if request.reads and request.report_id in self.readings:
+            self.planner.release(self.readings[request.report_id])
+        self.planner.changed()
 
     def _report(self, request: SteeredRequest) -> EngineReport:
         report = self.reports.setdefault(request.report_id, EngineReport())

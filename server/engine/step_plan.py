@@ -2,103 +2,109 @@
 
 The runner adapter makes a plan before the forward pass, the layers carry it out, and the adapter
 closes it afterwards. `current` is the one place where they meet: it has one writer, the adapter.
+How a plan is carried out depends on the device: `cpu_plan.py`, `gpu_plan.py`.
 """
 
 from __future__ import annotations
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from headway.kernels.head_affine import Rows, head_affine_
-from headway.server.engine.attention_layout import AttentionCall, AttentionLayout, Span
-from headway.server.engine.readings import Readings
-from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
+from headway.server.engine.readings import RequestReadings
+from headway.server.engine.sinks import SinkRows
 from headway.server.engine.slots import SlotTables
 
-GATHER_LIMIT = 1 << 22
-"""Largest number of scales gathered for all layers at once; beyond it, layer by layer."""
 
-Item = TypeVar("Item", Span, SinkRows)
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of the batch that belong to one request and one set of its edits.
 
-
-@dataclass
-class RowLayout:
-    """The rows of some spans, laid out for the kernels; kept while the batch stays the same.
-
-    rows: the rows to scale and shift; slots: int64 [num_rows], the slot of each; layers: scaled or
-    shifted by any.
+    sequence: index of the request in the batch; num_scheduled: all its rows in this step.
+    tag_row: row of its tags by position, -1 for none. prompt_len: in tokens.
+    mass_row: row of the readings that its first row writes, -1 if its masses are not read.
     """
 
-    spans: tuple[Span, ...]
-    rows: Rows
-    slots: torch.Tensor
-    layers: frozenset[int]
-    shift_layers: frozenset[int]
-    scale: torch.Tensor | None  # [num_layers, num_rows, heads] where it was gathered at once
-    attention: AttentionLayout
+    request_id: str
+    slot: int
+    start: int
+    stop: int
+    sequence: int = 0
+    num_scheduled: int = 0
+    prompt_len: int = 0
+    tag_row: int = -1
+    mass_row: int = -1
 
-    @classmethod
-    def of(cls, spans: tuple[Span, ...], tables: SlotTables) -> RowLayout:
-        """Lay out spans given in ascending order of rows."""
-        counts = [span.stop - span.start for span in spans]
-        used = [span.slot for span in spans]
-        rows_of = [np.arange(span.start, span.stop) for span in spans]
-        index = np.concatenate(rows_of) if rows_of else np.zeros(1, np.int64)
-        slots = torch.from_numpy(np.repeat(np.array(used, dtype=np.int64), counts))
-        contiguous = index[-1] - index[0] + 1 == len(index)
-        rows = slice(int(index[0]), int(index[-1]) + 1) if contiguous else torch.from_numpy(index)
-        layers = np.flatnonzero(tables.affine[used].any(axis=0))
-        shift_layers = np.flatnonzero(tables.shifted[used].any(axis=0))
-        num_layers, _, heads = tables.scale.shape
-        gathered = None
-        if len(layers) and num_layers * len(index) * heads <= GATHER_LIMIT:
-            gathered = tables.scale.index_select(1, slots)
-        return cls(
-            spans,
-            rows,
-            slots,
-            frozenset(layers.tolist()),
-            frozenset(shift_layers.tolist()),
-            gathered,
-            AttentionLayout(spans, tables),
-        )
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention layer of vLLM was called with, in the kernel's terms.
+
+    max_query_len, max_seq_len: upper bounds known to the host. base_takes_seq_lens: whether the
+    base kernel finds keys by the lengths it is given when it is called.
+    """
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    output: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+    softmax_scale: float
+    soft_cap: float
+    sliding_window: int
+    max_query_len: int = 0
+    max_seq_len: int = 0
+    base_takes_seq_lens: bool = True
 
 
 @dataclass
-class StepPlan:
+class Scheduled:
+    """What the steered requests of a step add up to.
+
+    num_reqs, num_tokens: of the whole batch. positions: of the first row of each span. readings:
+    spans with a mass_row, in its order, each with the RequestReadings it adds to and the first of
+    its rows that is an output position; mass_rows: how many rows that are.
+    """
+
+    num_reqs: int = 0
+    num_tokens: int = 0
+    spans: list[Span] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    sink_rows: list[SinkRows] = field(default_factory=list)
+    readings: list[tuple[Span, RequestReadings, int]] = field(default_factory=list)
+    mass_rows: int = 0
+
+
+@dataclass
+class StepPlan(ABC):
     """One step's plan and what came of it.
 
-    positions: int32 [num_spans], the position of the first row of each span. sink_rows: prompt
-    rows whose sinks must be tagged; sink_tags: where the tags live.
+    spans: the rows to edit. sink_rows: prompt rows whose sinks must be tagged.
     failures: request id -> error, for requests whose edit raised in this step.
     affine_done, attention_done, sinks_done: layers at which that ran.
     seconds: time spent in steering code during this step.
     """
 
     tables: SlotTables
-    layout: RowLayout
-    positions: np.ndarray
+    spans: tuple[Span, ...]
     sink_rows: tuple[SinkRows, ...]
-    sink_tags: SinkTags
-    readings: Readings | None = None
-    seconds: float = 0.0
-    failures: dict[str, Exception] = field(default_factory=dict)
-    affine_done: set[int] = field(default_factory=set)
-    attention_done: set[int] = field(default_factory=set)
-    sinks_done: set[int] = field(default_factory=set)
-    _flags: dict[int, torch.Tensor] = field(default_factory=dict)
+    seconds: float = field(default=0.0, kw_only=True)
+    failures: dict[str, Exception] = field(default_factory=dict, kw_only=True)
+    affine_done: set[int] = field(default_factory=set, kw_only=True)
+    attention_done: set[int] = field(default_factory=set, kw_only=True)
+    sinks_done: set[int] = field(default_factory=set, kw_only=True)
 
+    @abstractmethod
     def attends(self, layer: int) -> bool:
         """Whether attention weights are edited, or sinks tagged, at a layer in this step."""
-        return layer in self.layout.attention.layers or any(
-            rows.layers[layer] for rows in self.sink_rows
-        )
 
+    @abstractmethod
     def observe_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
@@ -107,77 +113,27 @@ class StepPlan:
         The residual stream that enters the layer is hidden_states + residual, both [num_tokens,
         hidden_size].
         """
-        rows = [each for each in self.sink_rows if each.layers[layer]]
-        if not rows:
-            return
-        started = time.perf_counter()
-        flags = torch.zeros(len(hidden_states), dtype=torch.uint8)
-        self._each(rows, lambda each: sink_flags(each, hidden_states, residual, flags))
-        self._flags[layer] = flags
-        self.seconds += time.perf_counter() - started
 
+    @abstractmethod
     def edit_attention(
         self, layer: int, call: AttentionCall, base: Callable[[torch.Tensor | None], None]
     ) -> None:
         """Compute a layer's attention with the edits of this step; never raises for an edit.
 
         base: runs the base kernel on all rows, given the sequence lengths to pretend (None for the
-        true ones). Where this plan edits all rows of a sequence the kernel is told that it has no
-        keys but the new ones, and where it edits all rows of the step it is not run at all.
+        true ones).
         """
-        layout, started = self.layout.attention, time.perf_counter()
-        rows = [each for each in self.sink_rows if each.layers[layer]]
-        if rows:
-            flags = self._flags.pop(layer, None)
-            self._each(rows, lambda each: self.sink_tags.write(each, layer, flags, call))
-            self.sinks_done.add(layer)
-        if layer not in layout.layers:
-            self.seconds += time.perf_counter() - started
-            base(None)
-            return
-        group = layout.group(layer)
-        seq_lens = group.base_seq_lens(self, call.seq_lens)
-        self.seconds += time.perf_counter() - started
-        if seq_lens is not None:
-            base(seq_lens)
-        started = time.perf_counter()
-        slot_tags = self.sink_tags.layer(layer)
-        try:
-            masses = self.readings.buffer(layer) if self.readings else None
-            group.run(self, layer, call, slot_tags, masses)
-            failed = False
-        except Exception:
-            failed = True
-        self.seconds += time.perf_counter() - started
-        if failed:
-            # Every row gets its unedited attention, then one request after the other its edit, to
-            # find whose fault it is.
-            base(None)
-            self._each(
-                [span for span in self.layout.spans if self.tables.attends[span.slot, layer]],
-                lambda span: layout.alone(span).run(self, layer, call, slot_tags, None),
-            )
-        self.attention_done.add(layer)
 
+    @abstractmethod
     def edit_head_outputs(self, layer: int, output: torch.Tensor) -> None:
         """Apply the affine edits of a layer to its attention output, in place; never raises.
 
         output: [num_tokens, num_heads, head_size], or the same flattened to two dimensions.
         """
-        layout = self.layout
-        if layer not in layout.layers:
-            return
-        started = time.perf_counter()
-        scale = None if layout.scale is None else layout.scale[layer]
-        try:
-            self._edit(
-                layer, output, layout.rows, layout.slots, layer in layout.shift_layers, scale
-            )
-        except Exception:
-            # Nothing was written yet: once more, request by request, to find whose edit it is.
-            self._each(layout.spans, lambda span: self._edit_span(layer, output, span))
-        self.affine_done.add(layer)
-        self.seconds += time.perf_counter() - started
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Hand over what was read, after the forward pass."""
 
     def missed(self, item: Span | SinkRows) -> list[int]:
         """Layers at which something that a span, or sink rows, ask for did not run."""
@@ -186,37 +142,24 @@ class StepPlan:
         affine, attends = self.tables.affine[item.slot], self.tables.attends[item.slot]
         return _missing(affine, self.affine_done) + _missing(attends, self.attention_done)
 
-    def _each(self, items: list[Item] | tuple[Item, ...], run: Callable[[Item], None]) -> None:
-        for item in items:
-            try:
-                run(item)
-            except Exception as error:
-                self.failures.setdefault(item.request_id, error)
-
-    def _edit_span(self, layer: int, output: torch.Tensor, span: Span) -> None:
-        slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int64)
-        shifted = bool(self.tables.shifted[span.slot, layer])
-        self._edit(layer, output, slice(span.start, span.stop), slots, shifted)
-
-    def _edit(
-        self,
-        layer: int,
-        output: torch.Tensor,
-        rows: Rows,
-        slots: torch.Tensor,
-        shifted: bool,
-        scale: torch.Tensor | None = None,
-    ) -> None:
-        tables = self.tables
-        if scale is None:
-            scale = tables.scale[layer].index_select(0, slots)
-        shift = tables.shift[layer].index_select(0, slots) if shifted else None
-        heads = output.view(output.shape[0], tables.local_heads, -1)
-        head_affine_(heads, rows, scale, shift)
-
 
 def _missing(wanted: np.ndarray, done: set[int]) -> list[int]:
     return [layer for layer in np.flatnonzero(wanted).tolist() if layer not in done]
+
+
+class Planner(Protocol):
+    """Makes the plans of a worker, and owns what outlives a step."""
+
+    tables: SlotTables
+
+    def plan(self, step: Scheduled) -> StepPlan:
+        """The plan of a step that has spans or sink rows."""
+
+    def changed(self) -> None:
+        """A slot or a row of tags was taken or given back."""
+
+    def release(self, readings: RequestReadings) -> None:
+        """A request that reads leaves the batch; it may come back."""
 
 
 @dataclass

@@ -17,16 +17,16 @@ from typing import Any
 
 def make_fail(worker: Any, scale: float) -> None:
     """Runs in the worker: the affine kernel raises for this scale."""
-    from headway.server.engine import step_plan
+    from headway.server.engine import cpu_plan
 
-    original = step_plan.head_affine_
+    original = cpu_plan.head_affine_
 
     def head_affine_(z: Any, rows: Any, factors: Any, shift: Any = None) -> None:
         if (factors == scale).any():
             raise RuntimeError("injected")
         original(z, rows, factors, shift)
 
-    step_plan.head_affine_ = head_affine_
+    cpu_plan.head_affine_ = head_affine_
 
 
 def pictures(files: Sequence[str]) -> dict[str, Any]:

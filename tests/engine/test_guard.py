@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from headway.server.engine import attention_layout, slots, steering_state, step_plan
+from headway.server.engine import attention_layout, cpu_plan, slots, steering_state
 from tests.engine.harness import Job, program
 from tests.engine.offline import run_offline
 
@@ -28,14 +28,14 @@ def jobs_with_one_bad(prompts: list[list[int]]) -> list[Job]:
 
 
 def fail_in_kernel(monkeypatch) -> None:
-    original = step_plan.head_affine_
+    original = cpu_plan.head_affine_
 
     def head_affine_(z, rows, scale, shift=None):
         if (scale == BAD_ALPHA).any():
             raise RuntimeError("injected")
         original(z, rows, scale, shift)
 
-    monkeypatch.setattr(step_plan, "head_affine_", head_affine_)
+    monkeypatch.setattr(cpu_plan, "head_affine_", head_affine_)
 
 
 def fail_in_decode(monkeypatch) -> None:
@@ -141,7 +141,7 @@ def test_a_failure_in_mid_output_spares_good_blocks(harness, prompts, monkeypatc
     prompt = prompts[9] * 4
     job = Job(prompt, program({"method": "vhr", "heads": [[2, 2]], "alpha": BAD_ALPHA}), 6)
     harness.forget_cache()
-    original = step_plan.StepPlan.edit_head_outputs
+    original = cpu_plan.CpuStepPlan.edit_head_outputs
     calls = []
 
     def edit_head_outputs(self, layer, output):
@@ -151,7 +151,7 @@ def test_a_failure_in_mid_output_spares_good_blocks(harness, prompts, monkeypatc
         original(self, layer, output)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step_plan.StepPlan, "edit_head_outputs", edit_head_outputs)
+        patch.setattr(cpu_plan.CpuStepPlan, "edit_head_outputs", edit_head_outputs)
         result = harness.run([job])[0]
     assert result.finish_reason == "error"
     assert len(result.tokens) == 2
@@ -164,7 +164,7 @@ def test_attention_that_bypasses_the_edit_is_noticed(harness, prompts, monkeypat
     """If another backend computed a layer, the request fails; it is not served unsteered."""
     job = Job(prompts[0], program({"method": "vhr", "heads": [[2, 2]], "alpha": 2.0}), 4)
     with monkeypatch.context() as patch:
-        patch.setattr(step_plan.StepPlan, "edit_head_outputs", lambda self, layer, output: None)
+        patch.setattr(cpu_plan.CpuStepPlan, "edit_head_outputs", lambda self, layer, output: None)
         result = harness.run([job])[0]
     assert result.finish_reason == "error"
     report = harness.runner.steering.pop_report(job.request.report_id)

@@ -224,12 +224,12 @@ def test_text_sinks_of_a_real_model(harness, attention_oracle, prompts):
 
 def test_a_layer_that_was_not_observed_fails_the_request(llava, questions, monkeypatch):
     """If the residual stream cannot be seen, the request ends; it is not served without sinks."""
-    from headway.server.engine import step_plan
+    from headway.server.engine import cpu_plan
 
     job = questions[0].job(var(layers=[2, 3]))
     llava.forget_cache()
     with monkeypatch.context() as patch:
-        patch.setattr(step_plan.StepPlan, "observe_residual", lambda *args: None)
+        patch.setattr(cpu_plan.CpuStepPlan, "observe_residual", lambda *args: None)
         assert llava.run([job])[0].finish_reason == "error"
     report = llava.runner.steering.pop_report(job.request.report_id)
     assert "was not observed" in report.failure

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.kernels.head_affine import head_affine_reference
-from headway.server.engine import step_plan
+from headway.server.engine import cpu_plan
 from headway.server.engine.slots import SLOTS_PER_REQUEST, SlotTables
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import StepPlan
@@ -31,7 +31,9 @@ def payload(report_id: str, *scales: tuple[int, int, float]) -> dict:
 
 
 def state(max_num_seqs: int = 4, **tables) -> SteeringState:
-    return SteeringState(GEOMETRY, SlotTables(GEOMETRY, max_num_seqs, **tables))
+    return SteeringState(
+        GEOMETRY, cpu_plan.CpuPlanner(SlotTables(GEOMETRY, max_num_seqs, **tables))
+    )
 
 
 def plan_step(steering: SteeringState, batch: dict[str, int]) -> StepPlan | None:
@@ -54,7 +56,7 @@ def run_step(steering: SteeringState, batch: dict[str, int]) -> list[torch.Tenso
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), st.sampled_from([1, step_plan.GATHER_LIMIT]))
+@given(st.data(), st.sampled_from([1, cpu_plan.GATHER_LIMIT]))
 def test_every_row_gets_its_own_edit(data, gather_limit):
     """Drawn batches over several steps, some requests unsteered, gathered at once or by layer."""
     steering = state(max_num_seqs=6)
@@ -68,7 +70,7 @@ def test_every_row_gets_its_own_edit(data, gather_limit):
             scales[name] = torch.ones(3, 4)
             scales[name][layer, head] = scale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plan, "GATHER_LIMIT", gather_limit)
+        patch.setattr(cpu_plan, "GATHER_LIMIT", gather_limit)
         for _ in range(3):
             present = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
             batch = {name: data.draw(st.integers(1, 4)) for name in present}

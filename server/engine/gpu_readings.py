@@ -1,0 +1,61 @@
+"""Readings on the GPU: the kernels add to a row per request, fetched when the report is asked for.
+
+A row is copied on the device when its request leaves the batch; the host waits for nothing until
+somebody wants the report.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from headway.kernels.head_word import Mass
+from headway.kernels.triton.segment_finish import NUM_READINGS
+from headway.server.engine.gpu_tables import GpuTables
+from headway.server.engine.readings import CLASSES, RequestReadings
+
+
+class GpuReadings:
+    """buffer: float32 [layers of this stage, max_num_seqs, local heads, NUM_READINGS]."""
+
+    def __init__(self, tables: GpuTables, device: torch.device | str) -> None:
+        self.tables = tables
+        shape = len(tables.layers), tables.max_num_seqs, tables.local_heads, NUM_READINGS
+        self.buffer = torch.zeros(shape, device=device)
+        self._rows: dict[int, tuple[int, RequestReadings]] = {}
+        self._free = list(range(tables.max_num_seqs - 1, -1, -1))
+
+    def row_of(self, readings: RequestReadings) -> int:
+        """The row that a request's masses go to. Raises RuntimeError if all rows are taken."""
+        if id(readings) not in self._rows:
+            if not self._free:
+                raise RuntimeError(f"all {self.tables.max_num_seqs} rows of readings are taken")
+            row = self._free.pop()
+            self.buffer[:, row].zero_()
+            self._rows[id(readings)] = row, readings
+            readings.fetch = self.fetch
+        return self._rows[id(readings)][0]
+
+    def release(self, readings: RequestReadings) -> None:
+        """Its request leaves the batch: keep what was read, give the row back."""
+        found = self._rows.pop(id(readings), None)
+        if found is not None:
+            readings.parts.append(self.buffer[:, found[0]].clone())
+            self._free.append(found[0])
+
+    def fetch(self, readings: RequestReadings) -> None:
+        """Bring a request's readings to the host, which waits for the device; for reports only."""
+        self.release(readings)
+        for part in readings.parts:
+            self._add(part.double().cpu().numpy(), readings)
+        readings.parts.clear()
+
+    def _add(self, values: np.ndarray, readings: RequestReadings) -> None:
+        readings.met += round(float(values[..., Mass.EDITED].sum()))
+        if not readings.wants_masses:
+            return
+        layers = slice(self.tables.layers.start, self.tables.layers.stop)
+        last, total = readings.masses(self.tables)
+        seen = values[..., 4 : 4 + len(CLASSES)]
+        last[layers] = np.where(seen.any(axis=-1, keepdims=True), seen, last[layers])
+        total[layers] += values[..., : len(CLASSES)]

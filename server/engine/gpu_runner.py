@@ -1,0 +1,194 @@
+"""Seam: vLLM's V2 runner, which it uses on GPU.
+
+vLLM symbols relied on: `vllm.v1.worker.gpu.model_runner.GPUModelRunner` (`load_model`,
+`finish_requests`, `execute_model` with `dummy_run`, `sample_tokens`, `capture_model`,
+`cudagraph_manager.run_fullgraph` and `run_pw_graph`, `model_state`, `block_tables.slot_mappings`,
+`attn_groups`), `model_states.resolve_model_state_cls`, swapped for ours, and the hooks of the
+`ModelState` that it names: `add_request`, `preprocess_state`, `initialize_kv_cache`. `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`.
+
+`preprocess_state` is where a plan is made: it runs for real batches only, after the batch has its
+final order and before the forward pass. A request that is preempted leaves the runner and comes
+back as a new one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.v1.worker.gpu import model_states
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+from headway.server.engine import layer_boundary
+from headway.server.engine.attention import decoder_layers, layer_index
+from headway.server.engine.geometry import geometry_of
+from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
+from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
+from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
+from headway.server.engine.gpu_tables import GpuTables
+from headway.server.engine.request import EXTRA_ARG
+from headway.server.engine.scheduler import FAILED_REQUESTS
+from headway.server.engine.steering_state import SteeringState
+from headway.server.engine.step_plan import current
+
+
+class SteeringModelRunner:
+    """Mixed into a V2 runner: keeps the steered requests and plans every step."""
+
+    steering: SteeringState
+    planner: GpuPlanner
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_states.resolve_model_state_cls = _steering_model_state
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        geometry = geometry_of(self.vllm_config)
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = decoder_layers(context)
+        for name, layer in layers.items():
+            if reason := unsupported_layer(layer):
+                raise ValueError(f"Headway cannot steer layer {name}: {reason}")
+        if len(geometry.sink_dims) > MAX_SINK_DIMS:
+            raise ValueError(f"a sinks profile may have {MAX_SINK_DIMS} dimensions at most")
+        group = get_tp_group()
+        stage = self.model_config.get_layers_start_end_indices(self.parallel_config)
+        tables = GpuTables(
+            geometry,
+            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_len=self.model_config.max_model_len,
+            layers=range(*stage),
+            rank=group.rank_in_group,
+            world_size=group.world_size,
+            device=self.device,
+        )
+        self.planner = GpuPlanner(
+            tables,
+            self.max_num_tokens,
+            self.device,
+            _num_sms(self.device),
+            geometry.sink_dims != (),
+        )
+        self.steering = SteeringState(geometry, self.planner)
+        layer_boundary.install(self.model, layers)
+        self.model_state.headway = self
+
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        super().finish_requests(scheduler_output)  # type: ignore[misc]
+        with self.steering.guard("arrival"):
+            self.steering.preempt(scheduler_output.preempted_req_ids or ())
+            self.steering.remove(scheduler_output.finished_req_ids)
+
+    def execute_model(
+        self: Any,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if dummy_run:
+            self.planner.idle()  # it replays graphs, and nobody plans it
+        try:
+            return super().execute_model(  # type: ignore[misc]
+                scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs
+            )
+        finally:
+            plan = current.plan
+            if plan is not None and plan is not self.planner.captured:
+                current.plan = None
+                with self.steering.guard("report"):
+                    self.steering.close_step(plan)
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if output is not None and self.is_last_pp_rank:
+            failed = self.steering.take_failed()
+            if failed:
+                # Sampled tokens are copied while the next step runs; the output is this object.
+                setattr(getattr(output, "model_runner_output", output), FAILED_REQUESTS, failed)
+        return output
+
+    def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        current.plan = self.planner.captured
+        try:
+            return super().capture_model(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            current.plan = None
+
+
+def _steering_model_state(vllm_config: Any, model: torch.nn.Module) -> type:
+    """The class that vLLM has for this model, with ours in front of it."""
+    base = resolve_model_state_cls(vllm_config, model)
+    return type(f"Steering{base.__name__}", (_ModelState, base), {})
+
+
+class _ModelState:
+    """Mixed into the runner's model state; headway: the runner."""
+
+    headway: Any
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        steering: SteeringState = self.headway.steering
+        with steering.guard("arrival"):
+            params = new_req_data.sampling_params
+            if params is not None and params.extra_args and EXTRA_ARG in params.extra_args:
+                steering.add(new_req_data.req_id, params.extra_args[EXTRA_ARG])
+
+    def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
+        super().preprocess_state(input_batch, *args, **kwargs)  # type: ignore[misc]
+        steering: SteeringState = self.headway.steering
+        with steering.guard("plan"):
+            current.plan = steering.plan_step(
+                input_batch.req_ids,
+                input_batch.num_scheduled_tokens,
+                input_batch.num_computed_tokens_np,
+            )
+            if current.plan is None:
+                self.headway.planner.idle()
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)  # type: ignore[misc]
+        runner = self.headway
+        planner: GpuPlanner = runner.planner
+        context = runner.vllm_config.compilation_config.static_forward_context
+        layers = decoder_layers(context)
+        for groups in runner.attn_groups:
+            for group in groups:
+                if group.kernel_block_stride:
+                    raise ValueError("Headway cannot steer with a KV cache packed across layers")
+                for name in layers.keys() & set(group.layer_names):
+                    if reason := unsupported_cache(layers[name]):
+                        raise ValueError(f"Headway cannot steer layer {name}: {reason}")
+                    cache = layers[name].kv_cache
+                    planner.bind_cache(
+                        layer_index(name),
+                        cache.shape[0] * cache.shape[2],
+                        block_tables.slot_mappings[group.kv_cache_group_id],
+                    )
+        _credit_replays(runner.cudagraph_manager, planner)
+
+
+def _credit_replays(manager: Any, planner: GpuPlanner) -> None:
+    """A replayed graph calls no Python: what was captured with it counts as done."""
+    run_full, run_piecewise = manager.run_fullgraph, manager.run_pw_graph
+
+    def credit(attention: bool) -> None:
+        if isinstance(current.plan, GpuStepPlan) and not current.plan.capturing:
+            current.plan.replayed(planner.captured, attention)
+
+    def run_fullgraph(*args: Any, **kwargs: Any) -> Any:
+        credit(attention=True)
+        return run_full(*args, **kwargs)
+
+    def run_pw_graph(*args: Any, **kwargs: Any) -> Any:
+        credit(attention=False)
+        return run_piecewise(*args, **kwargs)
+
+    manager.run_fullgraph, manager.run_pw_graph = run_fullgraph, run_pw_graph
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,204 @@
+"""The GPU path in vLLM's real V2 runner, interpreted, against the V1 engine on CPU.
+
+The V2 engine runs in a process of its own (see `v2_run.py`), once, with all batches of this file.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoProcessor
+
+from headway.steering import SteeringProgram
+from headway.steering.head_words import HeadField, HeadWords, index_shifts
+from headway.steering.program import AppliedMethod, HeadEdit
+from tests.engine.harness import Job, program
+from tests.engine.test_var import LLAVA, QUESTIONS, Question, var
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MAX_TOKENS = 4
+TEXTS = [
+    "<|im_start|>user\nThe key is under the mat. Where is the key?<|im_end|>\n",
+    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+def steered(*methods: dict[str, Any], report: str = "full") -> SteeringProgram:
+    return program(*methods, geometry=LLAVA, report=report)
+
+
+def shifted() -> SteeringProgram:
+    """Scales and shifts of some head outputs, from the last prompt token on and everywhere."""
+    draw = np.random.default_rng(5)
+    words = HeadWords.identity(LLAVA)
+    shift = np.zeros((LLAVA.num_layers, LLAVA.num_heads, LLAVA.head_size), np.float32)
+    for layer, head in ((0, 3), (2, 5), (3, 0)):
+        words.table[layer, head, HeadField.SCALE] = 0.5
+        shift[layer, head] = 0.3 * draw.standard_normal(LLAVA.head_size)
+    words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift)
+    edit = HeadEdit(HeadWords(words.table, shifts))
+    return SteeringProgram((edit,), applied=(AppliedMethod("drawn", {}),))
+
+
+HEADS = [[0, 1], [1, 6], [3, 2]]
+IMAGE_PROGRAMS = {
+    "VAR": var(layers=[1, 2, 3], rho=0.3),
+    "VAR, one layer, all mass": var(layers=[2], p=1.0, rho=0.2),
+    "VHR": steered({"method": "vhr", "heads": HEADS, "alpha": 1.7}),
+    "VAR and VHR": steered(
+        {"method": "var", "sink_dims": [5, 9], "tau": 2.9, "layers": [1, 2]},
+        {"method": "vhr", "heads": [[0, 2], [2, 7]], "alpha": 1.5},
+    ),
+}
+TEXT_PROGRAMS = {
+    "LocoRE": steered({"method": "locore", "beta": 1.0, "layers": [0, 1, 2, 3], "window": 3}),
+    "LocoRE, any token": steered(
+        {"method": "locore", "beta": 0.8, "history": "any", "renormalize": False, "layers": [1, 3]}
+    ),
+    "emphasis": steered({"method": "emphasis", "spans": [{"tokens": [3, 8]}], "alpha": 0.1}),
+    "zero": steered({"method": "head_ablation", "mode": "zero", "heads": HEADS}),
+    "uniform": steered({"method": "head_ablation", "mode": "uniform", "heads": HEADS}),
+    "identity": steered({"method": "head_ablation", "mode": "identity", "heads": HEADS, "u": 0.6}),
+    "shifts": shifted(),
+}
+
+
+class Case:
+    """Named jobs that run together, and how."""
+
+    def __init__(self, jobs: dict[str, Job], **options: Any) -> None:
+        self.names = list(jobs)
+        self.jobs = list(jobs.values())
+        self.options = options
+
+
+@pytest.fixture(scope="module")
+def cases(llava_folder) -> dict[str, Case]:
+    processor = AutoProcessor.from_pretrained(llava_folder)
+    questions = [Question(processor, index) for index in range(len(QUESTIONS))]
+    texts = [processor.tokenizer(text)["input_ids"] for text in TEXTS]
+
+    def images(*names: str) -> dict[str, Job]:
+        return {
+            name: questions[index].job(IMAGE_PROGRAMS[name], MAX_TOKENS)
+            for index, name in enumerate(IMAGE_PROGRAMS)
+            if not names or name in names
+        }
+
+    def text(*names: str) -> dict[str, Job]:
+        return {
+            name: Job(texts[index % 2], TEXT_PROGRAMS[name], MAX_TOKENS)
+            for index, name in enumerate(TEXT_PROGRAMS)
+            if not names or name in names
+        }
+
+    plain = {
+        "unsteered": questions[0].job(None, MAX_TOKENS),
+        "unsteered text": Job(texts[1], None, MAX_TOKENS),
+    }
+    some = images("VAR", "VAR and VHR") | text("LocoRE", "emphasis") | plain
+    return {
+        "mixed": Case(plain | images() | text()),
+        # An image is 16 tokens: chunks end inside of images.
+        "chunks": Case(some, step_tokens=40, forget_cache=True),
+        "preempted": Case(some, preempt_after=[3], forget_cache=True),
+        "warm": Case(some),
+    }
+
+
+@pytest.fixture(scope="module")
+def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
+    """Results and reports of every case, from the V2 runner."""
+    folder = tmp_path_factory.mktemp("v2")
+    engine = {
+        "model": str(llava_folder),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 1024,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 1 << 26,
+        "limit_mm_per_prompt": {"image": 2},
+        "seed": 0,
+    }
+    runs = [(case.jobs, case.options) for case in cases.values()]
+    (folder / "task").write_bytes(pickle.dumps({"engine": engine, "runs": runs}))
+    script = Path(__file__).parent / "v2_run.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "task"), str(folder / "done")],
+        env={**os.environ, "VLLM_PLUGINS": "headway"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "Using V2 Model Runner" in done.stdout + done.stderr
+    return dict(zip(cases, pickle.loads((folder / "done").read_bytes()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def v1(llava, cases) -> dict[str, tuple[list, list]]:
+    """The same from the V1 engine on CPU."""
+    done = {}
+    for name, case in cases.items():
+        options = dict(case.options)
+        if options.pop("forget_cache", True):
+            llava.forget_cache()
+        results = llava.run(case.jobs, **options)
+        requests = [job.request for job in case.jobs]
+        reports = [
+            each and llava.runner.steering.pop_report(each.report_id).as_dict() for each in requests
+        ]
+        done[name] = results, reports
+    return done
+
+
+@pytest.mark.parametrize("name", ["mixed", "chunks", "preempted", "warm"])
+def test_tokens_and_logprobs_are_those_of_the_cpu_engine(cases, v1, v2, name):
+    for job, got, want in zip(cases[name].names, v2[name][0], v1[name][0], strict=True):
+        assert got.tokens == want.tokens, job
+        worst = np.abs(np.array(got.logprobs) - np.array(want.logprobs)).max()
+        assert worst <= 1e-3, (job, worst)
+
+
+def test_the_edits_matter(cases, v1):
+    """Every steered job answers otherwise than the same prompt unsteered, so that it could fail."""
+    by_name = dict(zip(cases["mixed"].names, v1["mixed"][0], strict=True))
+    for name, result in by_name.items():
+        same = [other for other in by_name if other != name and by_name[other] == result]
+        assert not same, (name, same)
+
+
+@pytest.mark.parametrize("name", ["mixed", "chunks", "preempted", "warm"])
+def test_reports_are_those_of_the_cpu_engine(cases, v1, v2, name):
+    for job, got, want in zip(cases[name].names, v2[name][1], v1[name][1], strict=True):
+        if want is None:
+            assert got is None
+            continue
+        if name in ("mixed", "chunks"):  # how much is computed again depends on the schedule
+            assert got["positions_computed"] == want["positions_computed"], job
+            assert got["by_scope"] == want["by_scope"], job
+        assert got["failed_stage"] is None and got["positions_missed"] == 0, job
+        if want["readings"] is not None and name == "mixed":
+            assert_readings_equal(got["readings"], want["readings"])
+
+
+def assert_readings_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert (got["met"], got["considered"]) == (want["met"], want["considered"])
+    assert [mass[:2] for mass in got["masses"]] == [mass[:2] for mass in want["masses"]]
+    for ours, theirs in zip(got["masses"], want["masses"], strict=True):
+        np.testing.assert_allclose(ours[2:], theirs[2:], atol=1e-4)
+
+
+def test_cached_blocks_of_steered_requests_are_used(cases, v2):
+    cached = dict(zip(cases["warm"].names, (each.cached for each in v2["warm"][0]), strict=True))
+    assert cached["VAR"] >= 32 and cached["VAR and VHR"] >= 32
