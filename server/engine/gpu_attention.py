@@ -84,12 +84,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def unsupported_layer(layer: Any) -> str | None:
-    """Why an attention layer of the decoder cannot be steered, or None if it can."""
+def unsupported_layer(layer: Any, edits: bool) -> str | None:
+    """Why an attention layer of the decoder cannot be steered, or None if it can.
+
+    edits: whether attention weights may be edited in this engine, as its configuration tells.
+    """
     impl = layer.impl
     if not isinstance(impl, SteeringAttention):
         known = ", ".join(BACKENDS)
         return f"its attention backend is {type(impl).__name__}; Headway wraps {known}"
+    if not edits:
+        return None
     if getattr(impl, "alibi_slopes", None) is not None:
         return "it has ALiBi"
     if getattr(impl, "sinks", None) is not None:

@@ -49,14 +49,18 @@ class GpuStepPlan(StepPlan):
             self._sinks |= rows.layers
 
     def attends(self, layer: int) -> bool:
-        return self.capturing or bool(self._attends[layer])
+        # A layer without a bound cache is one whose attention weights are never edited.
+        if self.capturing:
+            return layer in self.planner.sink_tags
+        return bool(self._attends[layer])
 
     def observe_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         planner, buffers = self.planner, self.planner.buffers
         # Only models whose sink dimensions are known have rules.
-        if not (planner.can_tag if self.capturing else self._sinks[layer]):
+        captured = planner.can_tag and layer in planner.sink_tags
+        if not (captured if self.capturing else self._sinks[layer]):
             return
         with self._attempt(lambda: [rows.request_id for rows in self.sink_rows]):
             tag_sinks_(

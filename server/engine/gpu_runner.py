@@ -2,9 +2,10 @@
 
 vLLM symbols relied on: `vllm.v1.worker.gpu.model_runner.GPUModelRunner` (`load_model`,
 `finish_requests`, `execute_model` with `dummy_run`, `sample_tokens`, `capture_model`,
-`cudagraph_manager.run_fullgraph` and `run_pw_graph`, `model_state`, `block_tables.slot_mappings`,
-`attn_groups`), `model_states.resolve_model_state_cls`, swapped for ours, and the hooks of the
-`ModelState` that it names: `add_request`, `preprocess_state`, `initialize_kv_cache`. `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`.
+`cudagraph_manager.run_fullgraph` and `run_pw_graph`, `model_state`, `attn_groups`),
+`BlockTables.slot_mappings`, `model_states.resolve_model_state_cls`, which is swapped for ours, and
+the hooks of the `ModelState` that it names: `add_request`, `preprocess_state`,
+`initialize_kv_cache`; `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`.
 
 `preprocess_state` is where a plan is made: it runs for real batches only, after the batch has its
 final order and before the forward pass. A request that is preempted leaves the runner and comes
@@ -22,6 +23,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
+from headway.server.engine.config import unsupported_attention
 from headway.server.engine.geometry import geometry_of
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
 from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
@@ -45,8 +47,9 @@ class SteeringModelRunner:
         geometry = geometry_of(self.vllm_config)
         context = self.vllm_config.compilation_config.static_forward_context
         layers = decoder_layers(context)
+        edits = unsupported_attention(self.vllm_config) is None
         for name, layer in layers.items():
-            if reason := unsupported_layer(layer):
+            if reason := unsupported_layer(layer, edits):
                 raise ValueError(f"Headway cannot steer layer {name}: {reason}")
         if len(geometry.sink_dims) > MAX_SINK_DIMS:
             raise ValueError(f"a sinks profile may have {MAX_SINK_DIMS} dimensions at most")
@@ -149,24 +152,27 @@ class _ModelState:
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)  # type: ignore[misc]
-        runner = self.headway
-        planner: GpuPlanner = runner.planner
-        context = runner.vllm_config.compilation_config.static_forward_context
-        layers = decoder_layers(context)
-        for groups in runner.attn_groups:
-            for group in groups:
-                if group.kernel_block_stride:
-                    raise ValueError("Headway cannot steer with a KV cache packed across layers")
-                for name in layers.keys() & set(group.layer_names):
-                    if reason := unsupported_cache(layers[name]):
-                        raise ValueError(f"Headway cannot steer layer {name}: {reason}")
-                    cache = layers[name].kv_cache
-                    planner.bind_cache(
-                        layer_index(name),
-                        cache.shape[0] * cache.shape[2],
-                        block_tables.slot_mappings[group.kv_cache_group_id],
-                    )
+        runner, planner = self.headway, self.headway.planner
+        if unsupported_attention(runner.vllm_config) is None:
+            _bind_caches(runner, block_tables)
         _credit_replays(runner.cudagraph_manager, planner)
+
+
+def _bind_caches(runner: Any, block_tables: Any) -> None:
+    """Tell the planner where the decoder's layers have their keys. Raises ValueError."""
+    layers = decoder_layers(runner.vllm_config.compilation_config.static_forward_context)
+    for group in (group for groups in runner.attn_groups for group in groups):
+        if group.kernel_block_stride:
+            raise ValueError("Headway cannot steer with a KV cache packed across layers")
+        for name in layers.keys() & set(group.layer_names):
+            if reason := unsupported_cache(layers[name]):
+                raise ValueError(f"Headway cannot steer layer {name}: {reason}")
+            cache = layers[name].kv_cache
+            runner.planner.bind_cache(
+                layer_index(name),
+                cache.shape[0] * cache.shape[2],
+                block_tables.slot_mappings[group.kv_cache_group_id],
+            )
 
 
 def _credit_replays(manager: Any, planner: GpuPlanner) -> None:

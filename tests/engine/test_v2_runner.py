@@ -24,11 +24,8 @@ from tests.engine.test_var import LLAVA, QUESTIONS, Question, var
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-MAX_TOKENS = 4
-TEXTS = [
-    "<|im_start|>user\nThe key is under the mat. Where is the key?<|im_end|>\n",
-    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
-]
+MAX_TOKENS = 3
+TEXT = "A list of numbers: one, two, three, four, five"
 
 
 def steered(*methods: dict[str, Any], report: str = "full") -> SteeringProgram:
@@ -49,7 +46,7 @@ def shifted() -> SteeringProgram:
 
 
 HEADS = [[0, 1], [1, 6], [3, 2]]
-IMAGE_PROGRAMS = {
+PROGRAMS = {
     "VAR": var(layers=[1, 2, 3], rho=0.3),
     "VAR, one layer, all mass": var(layers=[2], p=1.0, rho=0.2),
     "VHR": steered({"method": "vhr", "heads": HEADS, "alpha": 1.7}),
@@ -57,8 +54,6 @@ IMAGE_PROGRAMS = {
         {"method": "var", "sink_dims": [5, 9], "tau": 2.9, "layers": [1, 2]},
         {"method": "vhr", "heads": [[0, 2], [2, 7]], "alpha": 1.5},
     ),
-}
-TEXT_PROGRAMS = {
     "LocoRE": steered({"method": "locore", "beta": 1.0, "layers": [0, 1, 2, 3], "window": 3}),
     "LocoRE, any token": steered(
         {"method": "locore", "beta": 0.8, "history": "any", "renormalize": False, "layers": [1, 3]}
@@ -84,33 +79,29 @@ class Case:
 def cases(llava_folder) -> dict[str, Case]:
     processor = AutoProcessor.from_pretrained(llava_folder)
     questions = [Question(processor, index) for index in range(len(QUESTIONS))]
-    texts = [processor.tokenizer(text)["input_ids"] for text in TEXTS]
-
-    def images(*names: str) -> dict[str, Job]:
-        return {
-            name: questions[index].job(IMAGE_PROGRAMS[name], MAX_TOKENS)
-            for index, name in enumerate(IMAGE_PROGRAMS)
-            if not names or name in names
-        }
-
-    def text(*names: str) -> dict[str, Job]:
-        return {
-            name: Job(texts[index % 2], TEXT_PROGRAMS[name], MAX_TOKENS)
-            for index, name in enumerate(TEXT_PROGRAMS)
-            if not names or name in names
-        }
-
-    plain = {
-        "unsteered": questions[0].job(None, MAX_TOKENS),
-        "unsteered text": Job(texts[1], None, MAX_TOKENS),
+    text = processor.tokenizer(TEXT)["input_ids"]
+    jobs = {
+        name: questions[index % len(questions)].job(steered, MAX_TOKENS)
+        for index, (name, steered) in enumerate(PROGRAMS.items())
     }
-    some = images("VAR", "VAR and VHR") | text("LocoRE", "emphasis") | plain
+    jobs["unsteered"] = questions[0].job(None, MAX_TOKENS)
+    jobs["text, unsteered"] = Job(text, None, MAX_TOKENS)
+    jobs["text, emphasis"] = Job(text, PROGRAMS["emphasis"], MAX_TOKENS)
+    jobs["text, LocoRE"] = Job(text, PROGRAMS["LocoRE, any token"], MAX_TOKENS)
+
+    def some(*names: str) -> dict[str, Job]:
+        return {name: jobs[name] for name in names}
+
     return {
-        "mixed": Case(plain | images() | text()),
+        "mixed": Case(jobs),
         # An image is 16 tokens: chunks end inside of images.
-        "chunks": Case(some, step_tokens=40, forget_cache=True),
-        "preempted": Case(some, preempt_after=[3], forget_cache=True),
-        "warm": Case(some),
+        "disturbed": Case(
+            some("VAR and VHR", "LocoRE", "text, emphasis", "unsteered"),
+            step_tokens=40,
+            preempt_after=[3],
+            forget_cache=True,
+        ),
+        "warm": Case(some("VAR and VHR", "LocoRE")),
     }
 
 
@@ -122,7 +113,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
         "model": str(llava_folder),
         "dtype": "float32",
         "enforce_eager": True,
-        "block_size": 32,
+        "block_size": 16,
         "max_model_len": 256,
         "max_num_batched_tokens": 1024,
         "max_num_seqs": 16,
@@ -142,6 +133,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert "Using V2 Model Runner" in done.stdout + done.stderr
+    print(done.stdout[-2000:])
     return dict(zip(cases, pickle.loads((folder / "done").read_bytes()), strict=True))
 
 
@@ -162,7 +154,7 @@ def v1(llava, cases) -> dict[str, tuple[list, list]]:
     return done
 
 
-@pytest.mark.parametrize("name", ["mixed", "chunks", "preempted", "warm"])
+@pytest.mark.parametrize("name", ["mixed", "disturbed", "warm"])
 def test_tokens_and_logprobs_are_those_of_the_cpu_engine(cases, v1, v2, name):
     for job, got, want in zip(cases[name].names, v2[name][0], v1[name][0], strict=True):
         assert got.tokens == want.tokens, job
@@ -178,13 +170,13 @@ def test_the_edits_matter(cases, v1):
         assert not same, (name, same)
 
 
-@pytest.mark.parametrize("name", ["mixed", "chunks", "preempted", "warm"])
+@pytest.mark.parametrize("name", ["mixed", "disturbed", "warm"])
 def test_reports_are_those_of_the_cpu_engine(cases, v1, v2, name):
     for job, got, want in zip(cases[name].names, v2[name][1], v1[name][1], strict=True):
         if want is None:
             assert got is None
             continue
-        if name in ("mixed", "chunks"):  # how much is computed again depends on the schedule
+        if name == "mixed":  # how much is computed again depends on the schedule
             assert got["positions_computed"] == want["positions_computed"], job
             assert got["by_scope"] == want["by_scope"], job
         assert got["failed_stage"] is None and got["positions_missed"] == 0, job
@@ -201,4 +193,4 @@ def assert_readings_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 def test_cached_blocks_of_steered_requests_are_used(cases, v2):
     cached = dict(zip(cases["warm"].names, (each.cached for each in v2["warm"][0]), strict=True))
-    assert cached["VAR"] >= 32 and cached["VAR and VHR"] >= 32
+    assert min(cached.values()) >= 16

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def main(source: str, target: str) -> None:
     for jobs, options in task["runs"]:
         if options.pop("forget_cache", False):
             harness.forget_cache()
+        started = time.monotonic()
         results = harness.run(jobs, **options)
+        print(f"{len(jobs)} jobs in {time.monotonic() - started:.0f} s")
         done.append((results, [report(harness, job) for job in jobs]))
     Path(target).write_bytes(pickle.dumps(done))
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from headway.server.engine import plugin
-from headway.server.engine.config import is_enabled, unsupported_request
+from headway.server.engine.config import (
+    is_enabled,
+    unsupported_attention,
+    unsupported_request,
+)
 
 pytestmark = pytest.mark.unit
 
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
@@ -33,7 +39,12 @@ def configuration(worker=CPU_WORKER, scheduler="vllm.v1.core.sched.scheduler.Sch
     return SimpleNamespace(
         additional_config={"headway": {}},
         model_config=SimpleNamespace(**described),
-        parallel_config=SimpleNamespace(worker_cls=worker, decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            worker_cls=worker,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
         scheduler_config=SimpleNamespace(
             scheduler_cls=None, get_scheduler_cls=lambda: scheduler_class(scheduler)
         ),
@@ -55,10 +66,18 @@ def test_worker_and_scheduler_are_replaced(stock, ours):
     assert config.scheduler_config.scheduler_cls.endswith(f".{ours}")
 
 
+def test_on_gpu_the_worker_is_that_of_the_v2_runner():
+    config = configuration(worker=GPU_WORKER)
+    config.use_v2_model_runner = True
+    plugin.enable(config)
+    assert config.parallel_config.worker_cls.endswith("gpu_worker.HeadwayGPUWorker")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"worker": "vllm.v1.worker.gpu_worker.Worker"}, "worker vllm.v1.worker.gpu_worker"),
+        ({"worker": "vllm.v1.worker.xpu_worker.XPUWorker"}, "worker vllm.v1.worker.xpu_worker"),
+        ({"worker": GPU_WORKER}, "V2 model runner, and vLLM chose V1"),
         ({"scheduler": "mine.Scheduler"}, "scheduler mine.Scheduler"),
         ({"runner_type": "pooling"}, "pooling"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
@@ -88,8 +107,35 @@ def test_inert_unless_switched_on(extra):
     assert not is_enabled(SimpleNamespace(additional_config=extra))
 
 
-def test_engines_whose_requests_cannot_be_steered():
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"use_ubatching": True}, "dual batch overlap"),
+    ],
+)
+def test_engines_whose_requests_cannot_be_steered(change, words):
     config = configuration()
     assert unsupported_request(config) is None
+    vars(config.parallel_config).update(change)
+    assert words in unsupported_request(config)
     config.speculative_config = object()
     assert "speculative" in unsupported_request(config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "words"),
+    [
+        (torch.bfloat16, "auto", None),
+        (torch.float16, "auto", None),
+        (torch.bfloat16, "fp8_e4m3", "a KV cache of fp8_e4m3"),
+        (torch.float64, "auto", "takes float32, bfloat16, float16"),
+    ],
+)
+def test_what_the_gpu_kernels_read(dtype, cache_dtype, words):
+    config = configuration(dtype=dtype, hf_text_config=SimpleNamespace())
+    config.cache_config = SimpleNamespace(cache_dtype=cache_dtype, block_size=16)
+    config.use_v2_model_runner = True
+    reason = unsupported_attention(config)
+    assert reason is None if words is None else words in reason
