@@ -38,3 +38,29 @@ def residual_edit_reference(
             logits = probe_weights.float() @ (x / rms) + probe_bias.float()
             added[row] = strength * rms * directions[int(logits.argmax())].float()
     return added
+
+
+def residual_edit_(
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    strengths: torch.Tensor,
+    probe_weights: torch.Tensor,
+    probe_bias: torch.Tensor,
+    directions: torch.Tensor,
+) -> None:
+    """Apply one edit to the given rows, all at once, on CPU; no other row is touched.
+
+    hidden_states: [num_tokens, hidden_size], edited in place; residual: the same or None, only
+    read. rows: int64 [num_rows], without repetition; strengths: float32 [num_rows]. The rest as
+    for the reference. Arithmetic is float32, rounded once when hidden_states is written.
+    """
+    before = hidden_states[rows].float()
+    stream = before if residual is None else before + residual[rows].float()
+    rms = stream.square().mean(dim=-1, keepdim=True).sqrt()
+    logits = torch.addmm(
+        probe_bias, stream / rms.clamp_min(torch.finfo(torch.float32).tiny), probe_weights.T
+    )
+    chosen = directions[logits.argmax(dim=-1)]
+    edited = torch.addcmul(before, strengths[:, None] * rms, chosen)
+    hidden_states[rows] = edited.to(hidden_states.dtype)

@@ -158,7 +158,7 @@ class HeadWords:
 
     @property
     def moves_mass(self) -> np.ndarray:
-        """bool [num_layers, num_heads]: where mass is moved, gained, renormalised or asked about."""
+        """bool [num_layers, num_heads]: where mass is moved, gained, renormalised, asked about."""
         columns = [F.MOVED_SHARE, F.GAIN_B, F.RENORM]
         changed = (self.table[..., columns] != IDENTITY_WORD[columns]).any(axis=-1)
         return np.asarray(changed | self.is_conditional)

@@ -53,7 +53,11 @@ class SinkRule:
 
 @dataclass(frozen=True)
 class ResidualEdit:
-    """h += strength * rms(h) * v at one layer, v from an artefact named by its digest."""
+    """h += strength * rms(h) * v where the residual stream enters one layer.
+
+    v is a direction of a `ResidualArtifact`, named by its digest: the one that its probe picks for
+    the row, or that of `cluster`.
+    """
 
     layer: int
     artifact: str
@@ -131,6 +135,12 @@ class SteeringProgram:
             and not self.residual_edits
             and self.sampling_gate is None
         )
+
+    @property
+    def scopes(self) -> tuple[QueryScope, ...]:
+        """Of the head edits, then of the residual edits."""
+        heads = tuple(edit.scope for edit in self.head_edits)
+        return (*heads, *(edit.scope for edit in self.residual_edits))
 
     def mentions(self, tag: KeyTag) -> bool:
         """Whether a key class of any edit asks for this tag."""

@@ -18,6 +18,7 @@ from headway.steering.program import (
     HeadEdit,
     QueryScope,
     Readout,
+    ResidualEdit,
     SinkRule,
     SteeringProgram,
 )
@@ -28,6 +29,7 @@ def encode_program(program: SteeringProgram) -> dict[str, Any]:
     return {
         "fingerprint": program.fingerprint,
         "head_edits": [_encode_edit(edit) for edit in program.head_edits],
+        "residual_edits": [asdict(edit) for edit in program.residual_edits],
         "sink_rule": asdict(program.sink_rule) if program.sink_rule else None,
         "readouts": [str(readout) for readout in program.readouts],
     }
@@ -45,9 +47,17 @@ def decode_program(wire: dict[str, Any], geometry: ModelGeometry) -> SteeringPro
             raise ValueError(f"sink dimensions {rule.dims} of {geometry.hidden_size}")
     return SteeringProgram(
         head_edits=tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"]),
+        residual_edits=tuple(_decode_residual(edit, geometry) for edit in wire["residual_edits"]),
         sink_rule=rule,
         readouts=tuple(Readout(name) for name in wire["readouts"]),
     )
+
+
+def _decode_residual(wire: dict[str, Any], geometry: ModelGeometry) -> ResidualEdit:
+    edit = ResidualEdit(**{**wire, "scope": QueryScope(wire["scope"])})
+    if not 0 <= edit.layer < geometry.num_layers:
+        raise ValueError(f"a residual edit of layer {edit.layer} of {geometry.num_layers}")
+    return edit
 
 
 def encode_facts(facts: PromptFacts) -> dict[str, Any]:

@@ -19,13 +19,14 @@ def cases() -> Iterator[Case]:
     hidden_states = torch.randn(ROWS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     residual = torch.randn_like(hidden_states)
     for edits, name in ((1, "1 edit"), (ROWS, f"{ROWS} edits")):
-        row_edits = torch.arange(ROWS, dtype=torch.int32, device="cuda") % edits
+        row_slots = torch.arange(ROWS, dtype=torch.int32, device="cuda")
+        slot_edits = row_slots % edits
         # So weak that thousands of repetitions do not blow the rows up.
-        strengths = torch.full((edits,), 1e-6, device="cuda")
+        strengths = torch.full((ROWS,), 1e-6, device="cuda")
         probe_weights = torch.randn(edits, CLUSTERS, HIDDEN, device="cuda")
         probe_bias = torch.randn(edits, CLUSTERS, device="cuda")
         directions = torch.randn(edits, CLUSTERS, HIDDEN, device="cuda")
-        tables = row_edits, strengths, probe_weights, probe_bias, directions
+        tables = row_slots, slot_edits, strengths, probe_weights, probe_bias, directions
         case = f"{ROWS} rows, {name} of {CLUSTERS} clusters"
         work = model.residual_edit(case, ROWS, HIDDEN, CLUSTERS, edits)
         yield Case(work, partial(residual_edit_, hidden_states, residual, *tables))

@@ -24,7 +24,8 @@ NUM_WARPS = 8
 def residual_edit_kernel(
     hidden_states: tl.tensor,
     residual: tl.tensor,
-    row_edits: tl.tensor,
+    row_slots: tl.tensor,
+    slot_edits: tl.tensor,
     strengths: tl.tensor,
     probe_weights: tl.tensor,
     probe_bias: tl.tensor,
@@ -42,10 +43,13 @@ def residual_edit_kernel(
     CLUSTERS_BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    edit = tl.load(row_edits + row).to(tl.int64)
+    slot = tl.load(row_slots + row)
+    if slot < 0:
+        return
+    edit = tl.load(slot_edits + slot).to(tl.int64)
     if edit < 0:
         return
-    strength = tl.load(strengths + edit)
+    strength = tl.load(strengths + slot)
     if strength == 0.0:
         return
 
@@ -94,7 +98,8 @@ def residual_edit_kernel(
 def residual_edit_(
     hidden_states: torch.Tensor,
     residual: torch.Tensor | None,
-    row_edits: torch.Tensor,
+    row_slots: torch.Tensor,
+    slot_edits: torch.Tensor,
     strengths: torch.Tensor,
     probe_weights: torch.Tensor,
     probe_bias: torch.Tensor,
@@ -104,8 +109,9 @@ def residual_edit_(
 
     hidden_states: [num_tokens, hidden_size], float32, bfloat16 or float16, edited in place;
     residual: the same or None, only read. The probe reads their sum, in float32.
-    row_edits: int32 [>= num_tokens], the edit of a row, -1 for none.
-    strengths: float32 [num_edits], in units of the row's rms; 0 leaves the row alone.
+    row_slots: int32 [>= num_tokens], the slot of a row, -1 for none. slot_edits: int32 [capacity],
+    the edit of a slot, -1 for none; strengths: float32 [capacity], of a slot, in units of the row's
+    rms, 0 leaves the row alone.
     probe_weights, directions: [num_edits, num_clusters, hidden_size], float32 or bfloat16.
     probe_bias: float32 [num_edits, num_clusters], -inf for a cluster that is not used.
 
@@ -115,20 +121,21 @@ def residual_edit_(
     streams = [hidden_states] if residual is None else [hidden_states, residual]
     if any(stream.shape != hidden_states.shape or stream.stride(1) != 1 for stream in streams):
         raise ValueError("hidden_states and residual must have one shape and last stride 1")
-    if row_edits.shape[0] < num_tokens:
-        raise ValueError(f"row_edits must hold {num_tokens} rows")
+    if row_slots.shape[0] < num_tokens:
+        raise ValueError(f"row_slots must hold {num_tokens} rows")
     if probe_weights.shape != directions.shape or directions.shape[2] != hidden_size:
         raise ValueError(
             f"probe_weights {tuple(probe_weights.shape)} and directions "
             f"{tuple(directions.shape)} must be [num_edits, num_clusters, {hidden_size}]"
         )
-    if num_tokens == 0 or strengths.shape[0] == 0:
+    if num_tokens == 0 or directions.shape[0] == 0:
         return
     num_clusters = directions.shape[1]
     residual_edit_kernel[(num_tokens,)](
         hidden_states,
         residual,
-        row_edits,
+        row_slots,
+        slot_edits,
         strengths,
         probe_weights,
         probe_bias,
@@ -163,7 +170,8 @@ def specialisations() -> Iterator[Specialisation]:
             signature = {
                 "hidden_states": f"*{dtype}",
                 "residual": f"*{dtype}",
-                "row_edits": "*i32",
+                "row_slots": "*i32",
+                "slot_edits": "*i32",
                 "strengths": "*fp32",
                 "probe_weights": f"*{table}",
                 "probe_bias": "*fp32",

@@ -33,7 +33,7 @@ OUTPUT_SCOPES = (QueryScope.OUTPUT, QueryScope.FROM_LAST_PROMPT_TOKEN)
 def cache_keys(program: SteeringProgram, facts: PromptFacts) -> list[tuple[int, str]]:
     """(position, key) for every position from which on blocks differ from those of others."""
     keys = []
-    scopes = {edit.scope for edit in program.head_edits}
+    scopes = set(program.scopes)
     starts = [start for scope in scopes for start, _ in scope_ranges(scope, facts)]
     touched = min(starts, default=0)
     if program.sink_rule is not None:

@@ -96,6 +96,23 @@ def _unsupported_cpu_cache(model: Any, cache: Any) -> str | None:
     return None
 
 
+def captures_residual(vllm_config: Any) -> bool:
+    """Whether CUDA graphs hold residual edits: `{"headway": {"residual_edits": true}}`.
+
+    They cost a launch a layer in every step, also where nobody asks for them.
+    """
+    return bool(vllm_config.additional_config[KEY].get("residual_edits", False))
+
+
+def unsupported_residual(vllm_config: Any) -> str | None:
+    """Why the residual stream cannot be edited in this engine, or None if it can."""
+    compilation = getattr(vllm_config, "compilation_config", None)
+    graphs = compilation is not None and bool(compilation.cudagraph_mode)
+    if uses_gpu_runner(vllm_config) and graphs and not captures_residual(vllm_config):
+        return 'CUDA graphs were captured without {"headway": {"residual_edits": true}}'
+    return None
+
+
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MODELS_WITH_SINK_LOGITS = ("gpt_oss",)
@@ -112,7 +129,10 @@ def cache_layout(dtype: torch.dtype, block_size: int, head_size: int) -> str:
 
 def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = "steering") -> None:
     """Raise SteeringError(E_UNSUPPORTED) for a program that this engine cannot carry out."""
-    if Feature.ATTENTION_EDIT in program.features:
-        reason = unsupported_attention(vllm_config)
-        if reason:
+    checks = {
+        Feature.ATTENTION_EDIT: unsupported_attention,
+        Feature.RESIDUAL_EDIT: unsupported_residual,
+    }
+    for feature, check in checks.items():
+        if feature in program.features and (reason := check(vllm_config)):
             raise SteeringError(Reason.UNSUPPORTED, reason, param)

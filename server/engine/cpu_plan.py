@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from headway.kernels.head_affine import Rows, head_affine_
+from headway.kernels.residual_edit import residual_edit_
 from headway.server.engine.attention_layout import AttentionLayout
 from headway.server.engine.readings import Readings, RequestReadings
 from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
@@ -85,6 +86,17 @@ class CpuStepPlan(StepPlan):
             rows.layers[layer] for rows in self.sink_rows
         )
 
+    def edit_residual(
+        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        spans = [span for span in self.spans if self.tables.adds[span.slot, layer]]
+        if not spans:
+            return
+        started = time.perf_counter()
+        self._each(spans, lambda span: self._add(span, layer, hidden_states, residual))
+        self.residual_done.add(layer)
+        self.seconds += time.perf_counter() - started
+
     def observe_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
@@ -158,6 +170,19 @@ class CpuStepPlan(StepPlan):
                 run(item)
             except Exception as error:
                 self.failures.setdefault(item.request_id, error)
+
+    def _add(
+        self,
+        span: Span,
+        layer: int,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> None:
+        part = self.tables.parts[span.slot][layer]
+        rows = torch.arange(span.start, span.stop)
+        strengths = torch.full((len(rows),), part.strength)
+        vectors = (torch.from_numpy(array) for array in part.vectors())
+        residual_edit_(hidden_states, residual, rows, strengths, *vectors)
 
     def _edit_span(self, layer: int, output: torch.Tensor, span: Span) -> None:
         slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int64)

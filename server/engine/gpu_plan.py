@@ -16,6 +16,7 @@ import torch
 
 from headway.kernels.triton.base_seq_lens import base_seq_lens_
 from headway.kernels.triton.head_affine import head_affine_
+from headway.kernels.triton.residual_edit import residual_edit_
 from headway.kernels.triton.segment_attention import (
     Rows,
     Workspace,
@@ -44,6 +45,7 @@ class GpuStepPlan(StepPlan):
         self._attends: np.ndarray = np.any(self.tables.attends[slots], axis=0)
         self._affine: np.ndarray = np.any(self.tables.affine[slots], axis=0)
         self._moves: np.ndarray = np.any(self.tables.moves[slots], axis=0)
+        self._adds: np.ndarray = np.any(self.tables.adds[slots], axis=0)
         self._sinks: np.ndarray = np.zeros_like(self._attends)
         for rows in self.sink_rows:
             self._sinks |= rows.layers
@@ -53,6 +55,26 @@ class GpuStepPlan(StepPlan):
         if self.capturing:
             return layer in self.planner.sink_tags
         return bool(self._attends[layer])
+
+    def edit_residual(
+        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        planner, tables = self.planner, self.planner.tables
+        if not (planner.captures_residual if self.capturing else self._adds[layer]):
+            return
+        row = tables.row_of(layer)
+        with self._attempt(lambda: self._users_of(tables.adds, layer)):
+            residual_edit_(
+                hidden_states,
+                residual,
+                planner.buffers.row_slots,
+                tables.added[row],
+                tables.strengths[row],
+                tables.probe_weights,
+                tables.probe_bias,
+                tables.directions,
+            )
+            self.residual_done.add(layer)
 
     def observe_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -78,8 +100,7 @@ class GpuStepPlan(StepPlan):
         self, layer: int, call: AttentionCall, base: Callable[[torch.Tensor | None], None]
     ) -> None:
         def edited() -> list[str]:
-            attends = self.tables.attends
-            return [span.request_id for span in self.spans if attends[span.slot, layer]]
+            return self._users_of(self.tables.attends, layer)
 
         lens = None
         with self._attempt(edited):
@@ -95,11 +116,7 @@ class GpuStepPlan(StepPlan):
         if not self.capturing and not self._affine[layer]:
             return
         tables = self.planner.tables
-
-        def edited() -> list[str]:
-            return [span.request_id for span in self.spans if tables.affine[span.slot, layer]]
-
-        with self._attempt(edited):
+        with self._attempt(lambda: self._users_of(tables.affine, layer)):
             heads = output.view(output.shape[0], tables.local_heads, -1)
             words = tables.head_words[tables.row_of(layer)]
             head_affine_(heads, self.planner.buffers.row_slots, words, tables.shifts)
@@ -114,9 +131,13 @@ class GpuStepPlan(StepPlan):
     def replayed(self, captured: GpuStepPlan, attention: bool) -> None:
         """A graph ran instead of the layers; attention: whether it holds attention as well."""
         self.sinks_done |= captured.sinks_done
+        self.residual_done |= captured.residual_done
         if attention:
             self.attention_done |= captured.attention_done
             self.affine_done |= captured.affine_done
+
+    def _users_of(self, edits: np.ndarray, layer: int) -> list[str]:
+        return [span.request_id for span in self.spans if edits[span.slot, layer]]
 
     @contextmanager
     def _attempt(self, request_ids: Callable[[], list[str]]) -> Iterator[None]:
@@ -182,7 +203,8 @@ class GpuStepPlan(StepPlan):
 class GpuPlanner:
     """Plans the steps of a GPU worker, and owns its buffers.
 
-    num_sms: multiprocessors of the device. can_tag: whether the model's sink dimensions are known.
+    num_sms: multiprocessors of the device. can_tag: whether the model's sink dimensions are known;
+    captures_residual: whether CUDA graphs have residual edits.
     sink_tags: layer -> uint8 [num_blocks * block_size]; slot_mappings: layer -> int64
     [max_num_tokens], vLLM's persistent buffer; both set when the KV cache is there.
     captured: what the CUDA graphs hold, once they are captured.
@@ -197,6 +219,7 @@ class GpuPlanner:
         device: torch.device | str,
         num_sms: int,
         can_tag: bool,
+        captures_residual: bool = False,
     ) -> None:
         self.tables = tables
         self.buffers = StepBuffers(tables, max_num_tokens, device)
@@ -205,6 +228,7 @@ class GpuPlanner:
         head_size = tables.geometry.head_size
         self.workspace = Workspace(max_reqs, tables.local_heads, head_size, device)
         self.num_sms, self.can_tag = num_sms, can_tag
+        self.captures_residual = captures_residual
         self.sink_tags: dict[int, torch.Tensor] = {}
         self.slot_mappings: dict[int, torch.Tensor] = {}
         self.captured = GpuStepPlan(tables, (), (), self, capturing=True)

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
-from headway.server.engine.config import unsupported_attention
+from headway.server.engine.config import captures_residual, unsupported_attention
 from headway.server.engine.geometry import geometry_of
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
 from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
@@ -69,7 +69,8 @@ class SteeringModelRunner:
             self.max_num_tokens,
             self.device,
             _num_sms(self.device),
-            geometry.sink_dims != (),
+            can_tag=geometry.sink_dims != (),
+            captures_residual=captures_residual(self.vllm_config),
         )
         self.steering = SteeringState(geometry, self.planner)
         layer_boundary.install(self.model, layers)

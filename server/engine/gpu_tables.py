@@ -6,17 +6,22 @@ copies on the stream of the forward pass, and happen when a request comes, not i
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from headway.server.engine.slots import SlotTables
+from headway.server.engine.slots import ResidualPart, SlotTables
 from headway.steering.head_words import HeadField, HeadWords
 
 MAX_SHIFTS = 4096
 """Vectors that all running requests together may add to head outputs, on one worker."""
+
+
+MAX_VECTORS, MAX_CLUSTERS = 16, 8
+"""Sets of directions that all running requests together may add to the residual stream, on one
+worker, and how many directions a set has at most."""
 
 
 def upload(target: torch.Tensor, values: np.ndarray) -> None:
@@ -30,6 +35,9 @@ class GpuTables(SlotTables):
 
     edits: uint8, as words without the last dimension: where a word edits attention.
     tags: uint8 [max_num_seqs, max_len].
+    added, strengths: int32 and float32 [layers of this stage, capacity], the vectors that a slot
+    adds, -1 for none, and how strongly. probe_weights, directions: float32 [MAX_VECTORS,
+    MAX_CLUSTERS, hidden_size]; probe_bias: float32 [MAX_VECTORS, MAX_CLUSTERS].
     """
 
     def _allocate(self, device: str | torch.device) -> None:
@@ -40,6 +48,15 @@ class GpuTables(SlotTables):
         self.position_tags = torch.zeros(
             self.max_num_seqs, self.max_len, dtype=torch.uint8, device=device
         )
+        layers = shape[:2]
+        self.added = torch.full(layers, -1, dtype=torch.int32, device=device)
+        self.strengths = torch.zeros(layers, device=device)
+        vectors = MAX_VECTORS, MAX_CLUSTERS, self.geometry.hidden_size
+        self.probe_weights = torch.zeros(vectors, device=device)
+        self.directions = torch.zeros(vectors, device=device)
+        self.probe_bias = torch.full(vectors[:2], -torch.inf, device=device)
+        self._vectors: dict[tuple[str, int | None], int] = {}
+        self._users: list[set[int]] = [set() for _ in range(MAX_VECTORS)]
         self._free_shifts = list(range(MAX_SHIFTS - 1, -1, -1))
         self._shifts_of: dict[int, list[int]] = {}
 
@@ -51,6 +68,8 @@ class GpuTables(SlotTables):
         """Give a slot and its shifts back."""
         super().release(slot)
         self._free_shifts += self._shifts_of.pop(slot, [])
+        for users in self._users:
+            users.discard(slot)
 
     def _upload(self, slot: int, words: HeadWords) -> None:
         stage = slice(self.layers.start, self.layers.stop)
@@ -73,10 +92,38 @@ class GpuTables(SlotTables):
         places = np.array([*rows, -1])[np.minimum(found, len(rows))]
         return np.where(indices >= 0, places, -1)
 
+    def _upload_parts(self, slot: int, parts: Sequence[ResidualPart]) -> None:
+        added = np.full(len(self.layers), -1, dtype=np.int32)
+        strengths = np.zeros(len(self.layers), dtype=np.float32)
+        for users in self._users:
+            users.discard(slot)
+        for part in parts:
+            row = self.row_of(part.layer)
+            added[row], strengths[row] = self._vectors_of(part, slot), part.strength
+        upload(self.added[:, slot], added)
+        upload(self.strengths[:, slot], strengths)
+
+    def _vectors_of(self, part: ResidualPart, slot: int) -> int:
+        """Where the vectors of a part are; uploads them if they are not there."""
+        row = self._vectors.get(part.key)
+        if row is None:
+            if part.artifact.num_clusters > MAX_CLUSTERS:
+                raise ValueError(f"{part.artifact.num_clusters} directions, not {MAX_CLUSTERS}")
+            unused = (row for row, users in enumerate(self._users) if not users)
+            row = next(unused, None)
+            if row is None:
+                raise RuntimeError(f"running requests add vectors of more than {MAX_VECTORS} sets")
+            self._vectors = {key: at for key, at in self._vectors.items() if at != row}
+            weights, bias, directions = part.vectors()
+            count = len(bias)
+            upload(self.probe_weights[row, :count], weights)
+            upload(self.directions[row, :count], directions)
+            padded = np.full(MAX_CLUSTERS, -np.inf, dtype=np.float32)
+            padded[:count] = bias
+            upload(self.probe_bias[row], padded)
+            self._vectors[part.key] = row
+        self._users[row].add(slot)
+        return row
+
     def _upload_tags(self, row: int, tags: np.ndarray) -> None:
         upload(self.position_tags[row], tags)
-
-    def device_bytes(self) -> int:
-        """Memory that the tables take."""
-        tensors: list[Any] = [self.head_words, self.edits, self.shifts, self.position_tags]
-        return sum(tensor.nbytes for tensor in tensors)

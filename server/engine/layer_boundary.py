@@ -24,9 +24,10 @@ from headway.server.engine.step_plan import current
 
 
 def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
-    """Show the residual stream that enters a layer to the plan of this step, if there is one."""
+    """Have the plan of this step, if there is one, edit and observe the stream entering a layer."""
     plan = current.plan
     if plan is not None:
+        plan.edit_residual(layer, hidden_states, residual)
         plan.observe_residual(layer, hidden_states, residual)
 
 

@@ -7,12 +7,40 @@ take a row of the tag table as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from headway.steering import ModelGeometry
+from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadField, HeadWords, KeyTag
 from headway.steering.positions import PromptFacts
+
+
+@dataclass(frozen=True)
+class ResidualPart:
+    """A residual edit as a slot holds it; cluster: the direction that is always taken, if any."""
+
+    layer: int
+    artifact: ResidualArtifact
+    strength: float
+    cluster: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """Equal for parts that need the same vectors."""
+        return self.artifact.digest, self.cluster
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights and bias of the probe, and the directions."""
+        artifact, bias = self.artifact, self.artifact.probe_bias
+        if self.cluster is not None:
+            bias = np.full_like(bias, -np.inf)
+            bias[self.cluster] = 0.0
+        return artifact.probe_weights, bias, artifact.directions
+
 
 SLOTS_PER_REQUEST = 4
 """Query scopes are nested, so a request has at most this many sets of active edits."""
@@ -30,8 +58,9 @@ class SlotTables:
     words: layer -> float32 [capacity, local heads, SCALE], the columns of the head word before
         the affine ones; made when a layer first needs it.
     tags: uint8 [max_num_seqs, max_len], bits of KeyTag by position, made when first needed.
-    affine, shifted, attends, moves: bool [capacity, num_layers], on the host: what a slot edits
-        where; moves: whether mass is moved, gained or asked about.
+    parts: slot -> layer -> its residual edit.
+    affine, shifted, attends, moves, adds: bool [capacity, num_layers], on the host: what a slot
+        edits where; moves: whether mass is moved, gained or asked about; adds: residual edits.
     edited_heads, conditional: bool [capacity, num_layers, local heads], on the host: words that
         edit attention weights, and those that do on a condition.
     """
@@ -56,8 +85,8 @@ class SlotTables:
         self.max_num_seqs, self.max_len = max_num_seqs, max_len
         self.local_heads = local
         self.capacity = capacity
-        self.affine, self.shifted, self.attends, self.moves = np.zeros(
-            (4, capacity, geometry.num_layers), dtype=bool
+        self.affine, self.shifted, self.attends, self.moves, self.adds = np.zeros(
+            (5, capacity, geometry.num_layers), dtype=bool
         )
         self.edited_heads, self.conditional = np.zeros(
             (2, capacity, geometry.num_layers, local), dtype=bool
@@ -71,8 +100,8 @@ class SlotTables:
         """Slots that are taken."""
         return self.capacity - len(self._free)
 
-    def acquire(self, words: HeadWords) -> int:
-        """Upload the head words of one set of active edits and return its slot.
+    def acquire(self, words: HeadWords, parts: Sequence[ResidualPart] = ()) -> int:
+        """Upload one set of active edits, head words and residual edits, and return its slot.
 
         Raises RuntimeError if all slots are taken, ValueError for words these tables cannot hold;
         no slot is taken then.
@@ -90,6 +119,11 @@ class SlotTables:
         self.edited_heads[slot] = words.edits_attention[:, self.heads]
         self.conditional[slot] = words.is_conditional[:, self.heads]
         self.moves[slot] = own & words.moves_mass.any(axis=-1)
+        parts = [part for part in parts if part.layer in self.layers]
+        self.adds[slot] = np.bincount([part.layer for part in parts], minlength=len(own)) > 0
+        if self.adds[slot].sum() != len(parts):
+            raise ValueError("two residual edits of one layer at the same positions")
+        self._upload_parts(slot, parts)
         self._upload(slot, words)
         return self._free.pop()
 
@@ -112,7 +146,7 @@ class SlotTables:
 
     def release(self, slot: int) -> None:
         """Give a slot back; its rows are overwritten by the next `acquire`."""
-        for flags in (self.affine, self.shifted, self.attends, self.moves):
+        for flags in (self.affine, self.shifted, self.attends, self.moves, self.adds):
             flags[slot] = False
         self._free.append(slot)
 
@@ -127,6 +161,10 @@ class SlotTables:
         self.shift: dict[int, torch.Tensor] = {}
         self.words: dict[int, torch.Tensor] = {}
         self.tags: torch.Tensor | None = None
+        self.parts: dict[int, dict[int, ResidualPart]] = {}
+
+    def _upload_parts(self, slot: int, parts: Sequence[ResidualPart]) -> None:
+        self.parts[slot] = {part.layer: part for part in parts}
 
     def _upload(self, slot: int, words: HeadWords) -> None:
         scale = words.table[:, self.heads, HeadField.SCALE]

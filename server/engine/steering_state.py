@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -20,12 +20,14 @@ import numpy as np
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
 from headway.server.engine.sinks import SinkRows
+from headway.server.engine.slots import ResidualPart
 from headway.server.engine.statistics import StepSeconds
 from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
+from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadWords, KeyTag
 from headway.steering.positions import PromptFacts, Run, runs
-from headway.steering.program import Readout, SteeringProgram
+from headway.steering.program import Readout, ResidualEdit, SteeringProgram
 from headway.steering.wire import decode_facts, decode_program
 
 logger = logging.getLogger(__name__)
@@ -50,10 +52,21 @@ class SteeredRequest:
     has_tags: bool = False
     sink_layers: np.ndarray | None = None
     reads: bool = False
+    parts: list[ResidualPart] = field(default_factory=list)
 
-    def prepare(self, payload: dict[str, Any], geometry: ModelGeometry, layers: range) -> None:
-        """Take over an encoded program for a worker that runs these layers."""
+    def prepare(
+        self,
+        payload: dict[str, Any],
+        geometry: ModelGeometry,
+        layers: range,
+        artifacts: Mapping[str, ResidualArtifact],
+    ) -> None:
+        """Take over an encoded program for a worker that runs these layers.
+
+        Raises ValueError, KeyError or IndexError for a program that cannot be carried out.
+        """
         self.program = decode_program(payload, geometry)
+        self.parts = [_part(edit, artifacts, geometry) for edit in self.program.residual_edits]
         self.facts = decode_facts(payload["facts"])
         words = [edit.words for edit in self.program.head_edits]
         if self.program.sink_rule is not None:
@@ -67,9 +80,27 @@ class SteeredRequest:
             or (self.reads and bool(self.facts.image_tokens))
         )
 
-    def words(self, active: Iterable[int]) -> HeadWords:
-        """The composition of some of its edits."""
-        return reduce(HeadWords.then, [self.program.head_edits[index].words for index in active])
+    def edits(
+        self, active: Iterable[int], geometry: ModelGeometry
+    ) -> tuple[HeadWords, list[ResidualPart]]:
+        """The composition of some of its edits, numbered as in `SteeringProgram.scopes`."""
+        count = len(self.program.head_edits)
+        words = [self.program.head_edits[index].words for index in active if index < count]
+        parts = [self.parts[index - count] for index in active if index >= count]
+        return reduce(HeadWords.then, words or [HeadWords.identity(geometry)]), parts
+
+
+def _part(
+    edit: ResidualEdit, artifacts: Mapping[str, ResidualArtifact], geometry: ModelGeometry
+) -> ResidualPart:
+    if edit.artifact not in artifacts:
+        raise KeyError(f"the artefact {edit.artifact} is not loaded")
+    artifact = artifacts[edit.artifact]
+    if artifact.directions.shape[1] != geometry.hidden_size:
+        raise ValueError(f"the artefact {edit.artifact} is for another hidden size")
+    if edit.cluster is not None and not 0 <= edit.cluster < artifact.num_clusters:
+        raise ValueError(f"cluster {edit.cluster} of {artifact.num_clusters}")
+    return ResidualPart(edit.layer, artifact, edit.strength, edit.cluster)
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,7 @@ class SteeringState:
         self.requests: dict[str, SteeredRequest] = {}
         self.reports: OrderedDict[str, EngineReport] = OrderedDict()
         self.readings: dict[str, RequestReadings] = {}
+        self.artifacts: dict[str, ResidualArtifact] = {}
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
         self._preempted: set[str] = set()
@@ -110,7 +142,7 @@ class SteeringState:
         self._report(request).sequences += 1
         self.requests[request_id] = request
         with self.guard("decode", [request_id]):
-            request.prepare(payload, self.geometry, self.tables.layers)
+            request.prepare(payload, self.geometry, self.tables.layers, self.artifacts)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended; their reports stay until asked for."""
@@ -187,7 +219,7 @@ class SteeringState:
                 continue
             report.positions_edited += count
             active = next(key for key, slot in request.slots.items() if slot == span.slot)
-            for scope in {str(request.program.head_edits[index].scope) for index in active}:
+            for scope in {str(request.program.scopes[index]) for index in active}:
                 report.by_scope[scope] = report.by_scope.get(scope, 0) + count
         plan.collect()
         self.step_seconds.observe(plan.seconds)
@@ -224,7 +256,7 @@ class SteeringState:
         """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
         request = self.requests[each.request_id]
         facts, stop = request.facts, each.position + each.count
-        scopes = [edit.scope for edit in request.program.head_edits]
+        scopes = request.program.scopes
         pieces = [run for run in runs(scopes, facts, each.position, stop) if run.active]
         spans, readings, mass_rows = [], [], step.mass_rows
         for run in pieces:
@@ -262,7 +294,8 @@ class SteeringState:
 
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
-            request.slots[run.active] = self.tables.acquire(request.words(run.active))
+            words, parts = request.edits(run.active, self.geometry)
+            request.slots[run.active] = self.tables.acquire(words, parts)
             self.planner.changed()
         return request.slots[run.active]
 

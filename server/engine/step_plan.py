@@ -87,7 +87,7 @@ class StepPlan(ABC):
 
     spans: the rows to edit. sink_rows: prompt rows whose sinks must be tagged.
     failures: request id -> error, for requests whose edit raised in this step.
-    affine_done, attention_done, sinks_done: layers at which that ran.
+    affine_done, attention_done, sinks_done, residual_done: layers at which that ran.
     seconds: time spent in steering code during this step.
     """
 
@@ -99,10 +99,21 @@ class StepPlan(ABC):
     affine_done: set[int] = field(default_factory=set, kw_only=True)
     attention_done: set[int] = field(default_factory=set, kw_only=True)
     sinks_done: set[int] = field(default_factory=set, kw_only=True)
+    residual_done: set[int] = field(default_factory=set, kw_only=True)
 
     @abstractmethod
     def attends(self, layer: int) -> bool:
         """Whether attention weights are edited, or sinks tagged, at a layer in this step."""
+
+    @abstractmethod
+    def edit_residual(
+        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        """Add to the residual stream that enters a layer; never raises for an edit.
+
+        The stream is hidden_states + residual, both [num_tokens, hidden_size]; hidden_states is
+        changed.
+        """
 
     @abstractmethod
     def observe_residual(
@@ -110,8 +121,7 @@ class StepPlan(ABC):
     ) -> None:
         """Find the sinks among the prompt rows of this step; never raises.
 
-        The residual stream that enters the layer is hidden_states + residual, both [num_tokens,
-        hidden_size].
+        The stream is that of `edit_residual`, after it.
         """
 
     @abstractmethod
@@ -139,8 +149,12 @@ class StepPlan(ABC):
         """Layers at which something that a span, or sink rows, ask for did not run."""
         if isinstance(item, SinkRows):
             return _missing(item.layers, self.sinks_done)
-        affine, attends = self.tables.affine[item.slot], self.tables.attends[item.slot]
-        return _missing(affine, self.affine_done) + _missing(attends, self.attention_done)
+        tables, slot = self.tables, item.slot
+        return [
+            *_missing(tables.affine[slot], self.affine_done),
+            *_missing(tables.attends[slot], self.attention_done),
+            *_missing(tables.adds[slot], self.residual_done),
+        ]
 
 
 def _missing(wanted: np.ndarray, done: set[int]) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from headway.steering.artifacts import decode_artifact
+
 
 class SteeringRpc:
     """Mixed into the worker; `self.model_runner.steering` is its `SteeringState`."""
@@ -14,6 +16,19 @@ class SteeringRpc:
         """The `EngineReport` of a request as plain values; it is forgotten by asking for it."""
         report = self.model_runner.steering.pop_report(report_id)
         return report and report.as_dict()
+
+    def headway_load_artifact(self, wire: dict[str, Any]) -> str:
+        """Keep an artefact for residual edits (see `encode_artifact`); returns its digest.
+
+        Raises ValueError or KeyError if it is damaged.
+        """
+        artifact = decode_artifact(wire)
+        self.model_runner.steering.artifacts[artifact.digest] = artifact
+        return artifact.digest
+
+    def headway_unload_artifact(self, digest: str) -> bool:
+        """Forget an artefact; requests that use it go on. Tells whether it was there."""
+        return self.model_runner.steering.artifacts.pop(digest, None) is not None
 
     def headway_statistics(self) -> dict[str, Any]:
         """Slots in use and free, and the histogram of steering time per step."""

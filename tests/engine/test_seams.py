@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from headway.server.engine import seams
-from headway.server.engine.seams import Seam, check_seams
+from headway.server.engine.seam_list import CPU_MODULES, Seam
+from headway.server.engine.seams import check_seams
 
 pytestmark = pytest.mark.unit
 
@@ -26,3 +27,12 @@ def test_a_moved_symbol_is_named(monkeypatch):
     assert not first.ok and "process_everything" in first.detail
     assert not second.ok and second.detail == "lacks nonsense"
     assert not third.ok and "self.xyz" in third.detail
+
+
+def test_what_needs_a_cpu_is_left_alone_elsewhere(monkeypatch):
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
+    monkeypatch.setattr(seams, "import_module", lambda name: imported.append(name))
+    imported: list[str] = []
+    check_seams()
+    assert "vllm.v1.worker.gpu.model_runner" in imported
+    assert not set(CPU_MODULES) & set(imported)

@@ -17,10 +17,12 @@ import pytest
 from transformers import AutoProcessor
 
 from headway.steering import SteeringProgram
+from headway.steering.artifacts import encode_artifact
 from headway.steering.head_words import HeadField, HeadWords, index_shifts
-from headway.steering.program import AppliedMethod, HeadEdit
+from headway.steering.program import AppliedMethod, HeadEdit, QueryScope, ResidualEdit
 from tests.engine.harness import Job, program
 from tests.engine.test_var import LLAVA, QUESTIONS, Question, var
+from tests.residual import drawn_artifact, residual_program
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -45,10 +47,10 @@ def shifted() -> SteeringProgram:
     return SteeringProgram((edit,), applied=(AppliedMethod("drawn", {}),))
 
 
+ARTIFACT = drawn_artifact(7, LLAVA.hidden_size)
 HEADS = [[0, 1], [1, 6], [3, 2]]
 PROGRAMS = {
     "VAR": var(layers=[1, 2, 3], rho=0.3),
-    "VAR, one layer, all mass": var(layers=[2], p=1.0, rho=0.2),
     "VHR": steered({"method": "vhr", "heads": HEADS, "alpha": 1.7}),
     "VAR and VHR": steered(
         {"method": "var", "sink_dims": [5, 9], "tau": 2.9, "layers": [1, 2]},
@@ -63,6 +65,10 @@ PROGRAMS = {
     "uniform": steered({"method": "head_ablation", "mode": "uniform", "heads": HEADS}),
     "identity": steered({"method": "head_ablation", "mode": "identity", "heads": HEADS, "u": 0.6}),
     "shifts": shifted(),
+    "residual edits": residual_program(
+        ResidualEdit(1, ARTIFACT.digest, 0.4, QueryScope.ALL),
+        ResidualEdit(3, ARTIFACT.digest, -0.6),
+    ),
 }
 
 
@@ -81,7 +87,7 @@ def cases(llava_folder) -> dict[str, Case]:
     questions = [Question(processor, index) for index in range(len(QUESTIONS))]
     text = processor.tokenizer(TEXT)["input_ids"]
     jobs = {
-        name: questions[index % len(questions)].job(steered, MAX_TOKENS)
+        name: questions[index % 3].job(steered, MAX_TOKENS)
         for index, (name, steered) in enumerate(PROGRAMS.items())
     }
     jobs["unsteered"] = questions[0].job(None, MAX_TOKENS)
@@ -96,12 +102,12 @@ def cases(llava_folder) -> dict[str, Case]:
         "mixed": Case(jobs),
         # An image is 16 tokens: chunks end inside of images.
         "disturbed": Case(
-            some("VAR and VHR", "LocoRE", "text, emphasis", "unsteered"),
+            some("VAR and VHR", "LocoRE", "residual edits"),
             step_tokens=40,
             preempt_after=[3],
             forget_cache=True,
         ),
-        "warm": Case(some("VAR and VHR", "LocoRE")),
+        "warm": Case(some("VAR and VHR", "residual edits")),
     }
 
 
@@ -122,7 +128,8 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
         "seed": 0,
     }
     runs = [(case.jobs, case.options) for case in cases.values()]
-    (folder / "task").write_bytes(pickle.dumps({"engine": engine, "runs": runs}))
+    task = {"engine": engine, "artifacts": [encode_artifact(ARTIFACT)], "runs": runs}
+    (folder / "task").write_bytes(pickle.dumps(task))
     script = Path(__file__).parent / "v2_run.py"
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "task"), str(folder / "done")],
@@ -140,6 +147,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
 @pytest.fixture(scope="module")
 def v1(llava, cases) -> dict[str, tuple[list, list]]:
     """The same from the V1 engine on CPU."""
+    llava.llm.collective_rpc("headway_load_artifact", args=(encode_artifact(ARTIFACT),))
     done = {}
     for name, case in cases.items():
         options = dict(case.options)

@@ -1,7 +1,8 @@
 """Runs jobs on vLLM's V2 runner under Triton's interpreter, in a process of its own.
 
-Arguments: a pickle of {"engine": LLM arguments, "runs": [(jobs, options of Harness.run)]}, and the
-file for a pickle of what came out: per run the results, and the engine's report of each job.
+Arguments: a pickle of {"engine": LLM arguments, "artifacts": encoded ones to load, "runs": [(jobs,
+options of Harness.run)]}, and the file for a pickle of what came out: per run the results, and the
+engine's report of each job.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def main(source: str, target: str) -> None:
 
     plugin.WORKERS["vllm.v1.worker.cpu_worker.CPUWorker"] = "tests.v2_worker.V2CpuWorker"
     harness = Harness(LLM(**task["engine"], additional_config={"headway": {}}))
+    for artifact in task["artifacts"]:
+        harness.llm.collective_rpc("headway_load_artifact", args=(artifact,))
     done = []
     for jobs, options in task["runs"]:
         if options.pop("forget_cache", False):

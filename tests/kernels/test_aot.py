@@ -28,6 +28,8 @@ OTHERS = ("residual_edit", "saliency_row", "head_selection", "sink_tags")
 WITHOUT_DTYPE = ("base_seq_lens",)
 VARIANTS = ("decode", "decode, divided", "join", "prompt", "prompt, logits only")
 """Of segment attention, for every dtype and head size."""
+LOGITS_ONLY = ("decode, logits only", "decode, logits only, divided", "join, logits only")
+"""Further variants, of head size 128."""
 
 triton = pytest.mark.skipif(
     not aot.importable("triton"), reason="Triton, which compiles the kernels, is not installed"
@@ -76,6 +78,7 @@ def test_every_head_size_is_compiled(compiled, kernel, arch):
 def test_every_variant_of_segment_attention_is_compiled(compiled, arch):
     rows = [row for row in compiled if row["kernel"] == "segment_attention" and row["arch"] == arch]
     wanted = {f"{what} bf16 head_size={size}" for what in VARIANTS for size in HEAD_SIZES}
+    wanted |= {f"{what} bf16 head_size=128" for what in LOGITS_ONLY}
     assert {row["name"] for row in rows} >= wanted
     needed = {row["name"] for row in rows if row["needs_tensor_cores"]}
     assert needed >= {name for name in wanted if not name.startswith("join")}

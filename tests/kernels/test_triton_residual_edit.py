@@ -17,6 +17,7 @@ pytestmark = pytest.mark.unit
 
 # Triton's interpreter cuts bfloat16 off where a GPU rounds, so an error may be a whole last place.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+NUM_SLOTS = 4
 NUM_EDITS = 3
 
 
@@ -37,8 +38,10 @@ def problems(draw):
     tokens, clusters = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     hidden_size = draw(st.sampled_from([8, 36, 100]))
     hidden_states = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
-    row_edits = int32([draw(st.integers(-1, NUM_EDITS - 2)) for _ in range(tokens)])
-    hidden_states[row_edits < 0] = float("nan")
+    # Slots in an order of their own, some without an edit; -1 is a row that nobody steers.
+    slot_edits = int32([draw(st.integers(-1, NUM_EDITS - 2)) for _ in range(NUM_SLOTS)])
+    row_slots = int32([draw(st.integers(-1, NUM_SLOTS - 1)) for _ in range(tokens)])
+    hidden_states[edits_of(row_slots, slot_edits) < 0] = float("nan")
     residual = None
     if draw(st.booleans()):
         residual = 10 * torch.randn(tokens, hidden_size, generator=generator).to(dtype)
@@ -51,20 +54,26 @@ def problems(draw):
         unused = draw(st.integers(0, clusters - 1))
         probe_bias[:, unused] = -math.inf
         directions[:, unused] = float("nan")
-    strengths = torch.randn(NUM_EDITS, generator=generator)
-    return hidden_states, residual, row_edits, strengths, probe_weights, probe_bias, directions
+    strengths = torch.randn(NUM_SLOTS, generator=generator)
+    tables = slot_edits, strengths, probe_weights, probe_bias, directions
+    return hidden_states, residual, row_slots, *tables
+
+
+def edits_of(row_slots: torch.Tensor, slot_edits: torch.Tensor) -> torch.Tensor:
+    return torch.where(row_slots >= 0, slot_edits[row_slots.clamp_min(0).long()], -1)
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.booleans())
 def test_equals_reference_and_leaves_other_rows_alone(problem, in_blocks):
-    hidden_states, residual, row_edits, strengths, probe_weights, probe_bias, directions = problem
+    hidden_states, residual, row_slots, slot_edits, strengths, *tables = problem
+    probe_weights, probe_bias, directions = tables
     before = hidden_states.clone()
     with pytest.MonkeyPatch.context() as patch:
         if in_blocks:
             patch.setattr(residual_edit, "MAX_BLOCK", 16)
         residual_edit_(*problem)
-    for row, edit in enumerate(row_edits.tolist()):
+    for row, edit in enumerate(edits_of(row_slots, slot_edits).tolist()):
         if edit < 0:
             assert torch.equal(bits(hidden_states[row]), bits(before[row]))
             continue
@@ -72,7 +81,11 @@ def test_equals_reference_and_leaves_other_rows_alone(problem, in_blocks):
         if residual is not None:
             stream = stream + residual[row : row + 1].float()
         added = residual_edit_reference(
-            stream, float(strengths[edit]), probe_weights[edit], probe_bias[edit], directions[edit]
+            stream,
+            float(strengths[row_slots[row]]),
+            probe_weights[edit],
+            probe_bias[edit],
+            directions[edit],
         )
         tolerance = TOLERANCE[before.dtype]
         expected = before[row : row + 1].float() + added
@@ -85,7 +98,8 @@ def one_edit(strength: float) -> tuple[torch.Tensor, ...]:
     """Row 0 of the stream points at cluster 1 of 3, whose direction is the second unit vector."""
     probe_weights = torch.zeros(1, 3, 4)
     probe_weights[0, 1, 0] = 1
-    return torch.tensor([strength]), probe_weights, torch.zeros(1, 3), torch.eye(3, 4).unsqueeze(0)
+    strengths = torch.tensor([strength])
+    return int32([0]), strengths, probe_weights, torch.zeros(1, 3), torch.eye(3, 4).unsqueeze(0)
 
 
 def test_the_strength_is_in_units_of_rms():
@@ -103,10 +117,8 @@ def test_the_residual_is_read_and_not_written():
 
 def test_of_equal_logits_the_first_counts():
     hidden_states = torch.full((1, 4), 2.0)
-    strengths, probe_weights, probe_bias, directions = one_edit(1.0)
-    residual_edit_(
-        hidden_states, None, int32([0]), strengths, 0 * probe_weights, probe_bias, directions
-    )
+    edits, strengths, probe_weights, *rest = one_edit(1.0)
+    residual_edit_(hidden_states, None, int32([0]), edits, strengths, 0 * probe_weights, *rest)
     assert hidden_states.tolist() == [[4, 2, 2, 2]]
 
 

@@ -1,0 +1,296 @@
+"""The vLLM symbols that Headway's engine relies on, file by file; `seams.py` checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A symbol `module.path`; its parameters start with, or its fields include, `needs`."""
+
+    module: str
+    path: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Dotted name, as it appears in messages."""
+        return f"{self.module}.{self.path}"
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_KV_MANAGER = "vllm.v1.core.kv_cache_manager"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_CPU_WORKER = "vllm.v1.worker.cpu_worker"
+_CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
+_BACKEND = "vllm.v1.attention.backend"
+_REGISTRY = "vllm.v1.attention.backends.registry"
+_TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+_V2 = "vllm.v1.worker.gpu"
+_GPU_WORKER = "vllm.v1.worker.gpu_worker"
+
+CPU_MODULES = (_CPU_ATTENTION, _CPU_WORKER, _CPU_RUNNER)
+"""Not to be imported where vLLM does not serve on CPU: the worker replaces parts of torch."""
+
+_FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+_BATCH = ("query_start_loc", "seq_lens", "slot_mapping", "max_query_len", "max_seq_len")
+
+SEAMS: tuple[Seam, ...] = (
+    # plugin.py, config.py, geometry.py
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
+    Seam("vllm.config", "VllmConfig", ("additional_config", "speculative_config")),
+    Seam("vllm.config", "VllmConfig.use_v2_model_runner"),
+    Seam("vllm.config", "CacheConfig", ("cache_dtype", "block_size")),
+    Seam("vllm.config", "ParallelConfig", ("worker_cls", "decode_context_parallel_size")),
+    Seam("vllm.config", "SchedulerConfig", ("scheduler_cls", "max_num_seqs")),
+    Seam("vllm.config", "SchedulerConfig.get_scheduler_cls", ("self",)),
+    Seam("vllm.config", "ModelConfig.get_total_num_hidden_layers", ("self",)),
+    Seam("vllm.config", "ModelConfig.get_layers_start_end_indices", ("self", "parallel_config")),
+    Seam("vllm.config", "ModelConfig.get_total_num_kv_heads", ("self",)),
+    Seam("vllm.config", "ModelConfig.get_head_size", ("self",)),
+    Seam("vllm.config", "ModelConfig.get_hidden_size", ("self",)),
+    Seam("vllm.config", "ModelConfig.is_multimodal_model"),
+    Seam("vllm.config", "ModelConfig.is_encoder_decoder"),
+    Seam("vllm.config", "ModelConfig.is_attention_free"),
+    Seam("vllm.config", "ModelConfig.is_hybrid"),
+    Seam("vllm.config", "ModelConfig.use_mla"),
+    Seam(
+        "vllm.config.model_arch",
+        "ModelArchitectureConfig",
+        ("total_num_attention_heads", "head_size", "per_layer_overrides"),
+    ),
+    # input_processor.py, request.py
+    Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params"),
+    ),
+    Seam(
+        "vllm.v1.engine",
+        "EngineCoreRequest",
+        ("sampling_params", "prompt_token_ids", "prompt_embeds", "mm_features", "resumable"),
+    ),
+    Seam("vllm.v1.engine.input_processor", "InputProcessor.tokenizer"),
+    Seam("vllm.renderers", "BaseRenderer.mm_processor_cache"),
+    Seam(
+        "vllm.multimodal.cache.base",
+        "BaseMultiModalProcessorCache.invalidate",
+        ("self", "mm_hash"),
+    ),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self", "prompt", "sampling_params")),
+    # prompt.py
+    Seam("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("modality", "mm_position")),
+    Seam("vllm.multimodal.inputs", "PlaceholderRange", ("offset", "length", "is_embed")),
+    # cache_key.py
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_prompt_embeds_extra_hash_keys",
+        ("request", "start_token_idx", "end_token_idx"),
+    ),
+    Seam("vllm", "SamplingParams", ("extra_args",)),
+    Seam("vllm.exceptions", "VLLMClientError"),
+    # scheduler.py
+    Seam(
+        _SCHEDULER,
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    Seam("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    Seam(_KV_MANAGER, "KVCacheManager.get_block_ids", ("self", "request_id")),
+    Seam(_KV_MANAGER, "KVCacheManager.evict_blocks", ("self", "block_ids")),
+    Seam(
+        "vllm.v1.outputs",
+        "ModelRunnerOutput",
+        ("req_ids", "req_id_to_index", "sampled_token_ids"),
+    ),
+    # attention.py
+    Seam(_BACKEND, "AttentionType.DECODER"),
+    Seam("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
+    # cpu_attention.py, config.py
+    Seam(_CPU_ATTENTION, "CPUAttentionBackend.get_impl_cls"),
+    Seam(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD),
+    Seam(_REGISTRY, "register_backend", ("backend", "class_path")),
+    Seam(_REGISTRY, "AttentionBackendEnum.CPU_ATTN"),
+    Seam(
+        _CPU_ATTENTION,
+        "CPUAttentionMetadata",
+        ("query_start_loc", "seq_lens", "block_table", "slot_mapping"),
+    ),
+    Seam(_CPU_ATTENTION, "_get_attn_isa", ("dtype", "block_size", "head_size", "kv_cache_dtype")),
+    # gpu_attention.py; FLASH_ATTN and FLASHINFER can be imported on GPU only, see ATTRIBUTES
+    Seam(_REGISTRY, "AttentionBackendEnum.FLASH_ATTN"),
+    Seam(_REGISTRY, "AttentionBackendEnum.FLASHINFER"),
+    Seam(_REGISTRY, "AttentionBackendEnum.TRITON_ATTN"),
+    Seam("vllm.utils.import_utils", "resolve_obj_by_qualname", ("qualname",)),
+    Seam(_TRITON_ATTENTION, "TritonAttentionBackend.get_impl_cls"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionBackend.get_builder_cls"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD),
+    Seam(
+        _TRITON_ATTENTION, "TritonAttentionImpl.fused_output_quant_supported", ("self", "quant_key")
+    ),
+    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata", (*_BATCH, "block_table")),
+    Seam(_BACKEND, "CommonAttentionMetadata", (*_BATCH, "block_table_tensor")),
+    Seam(
+        _BACKEND,
+        "AttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata"),
+    ),
+    # layer_boundary.py
+    Seam(
+        "vllm.utils.torch_utils",
+        "direct_register_custom_op",
+        ("op_name", "op_func", "mutates_args", "fake_impl", "target_lib", "dispatch_key"),
+    ),
+    Seam("vllm.config", "CompilationConfig", ("static_forward_context",)),
+    Seam(
+        "vllm.model_executor.models.llama",
+        "LlamaDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+    ),
+    # cpu_worker.py
+    Seam(_CPU_WORKER, "CPUModelRunner"),
+    Seam(_CPU_WORKER, "CPUWorker.init_device", ("self",)),
+    Seam(_CPU_RUNNER, "CPUModelRunner.load_model", ("self",)),
+    Seam(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output")),
+    Seam(
+        _RUNNER,
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+    ),
+    Seam(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
+    Seam(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"),
+    ),
+    Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
+    Seam("vllm.distributed", "get_tp_group"),
+    # gpu_worker.py, gpu_tables.py
+    Seam(_GPU_WORKER, "Worker.init_device", ("self",)),
+    Seam(_GPU_WORKER, "Worker._make_model_runner", ("self",)),
+    Seam("vllm.utils.torch_utils", "async_tensor_h2d", ("data", "out")),
+    # gpu_runner.py
+    Seam(f"{_V2}.model_runner", "GPUModelRunner.load_model", ("self",)),
+    Seam(f"{_V2}.model_runner", "GPUModelRunner.finish_requests", ("self", "scheduler_output")),
+    Seam(
+        f"{_V2}.model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
+    ),
+    Seam(f"{_V2}.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    Seam(f"{_V2}.model_runner", "GPUModelRunner.capture_model", ("self",)),
+    Seam(f"{_V2}.model_states", "resolve_model_state_cls", ("vllm_config", "model")),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.add_request",
+        ("self", "req_index", "new_req_data"),
+    ),
+    Seam(f"{_V2}.model_states.interface", "ModelState.preprocess_state", ("self", "input_batch")),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.initialize_kv_cache",
+        ("self", "kv_cache_config", "block_tables"),
+    ),
+    Seam(
+        f"{_V2}.input_batch",
+        "InputBatch",
+        ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np"),
+    ),
+    Seam(f"{_V2}.cudagraph_utils", "ModelCudaGraphManager.run_fullgraph", ("self", "desc")),
+    Seam(
+        f"{_V2}.cudagraph_utils",
+        "ModelCudaGraphManager.run_pw_graph",
+        ("self", "model", "model_inputs"),
+    ),
+    Seam(
+        "vllm.v1.worker.utils",
+        "AttentionGroup",
+        ("layer_names", "kv_cache_group_id", "kernel_block_stride"),
+    ),
+    # client.py
+    Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")),
+    Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args")),
+)
+
+ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        _SCHEDULER,
+        "Scheduler",
+        ("self.requests", "self.running", "self.kv_cache_manager", "encoder_cache_mismatch_reqs"),
+    ),
+    (_KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
+    ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
+    ("vllm.v1.request", "Request", ("self.num_computed_tokens", "self.num_in_flight_tokens")),
+    (_RUNNER, "GPUModelRunner", ("self.input_batch", "self._update_states(", "_prepare_inputs(")),
+    (
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        ("def req_ids", "self.num_computed_tokens_cpu"),
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        ("_gen_prompt_embeds_extra_hash_keys(",),
+    ),
+    (
+        _CPU_ATTENTION,
+        "CPUAttentionBackendImpl",
+        ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
+    ),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core", "self.input_processor")),
+    (
+        _CPU_WORKER,
+        "CPUWorker",
+        ("CPUModelRunner(self.vllm_config", "self.use_v2_model_runner"),
+    ),
+    (
+        _REGISTRY,
+        "AttentionBackendEnum",
+        (
+            'FLASH_ATTN = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"',
+            'FLASHINFER = "vllm.v1.attention.backends.flashinfer.FlashInferBackend"',
+        ),
+    ),
+    (
+        _TRITON_ATTENTION,
+        "TritonAttentionImpl",
+        (
+            "self.num_heads",
+            "self.head_size",
+            "self.scale",
+            "self.attn_type",
+            "self.logits_soft_cap",
+            "self.sliding_window = (-1, -1)",
+            "self.sliding_window = (sliding_window - 1, 0)",
+            "self.alibi_slopes",
+            "self.sinks",
+            "self.chunk_lookback",
+        ),
+    ),
+    (_GPU_WORKER, "Worker", ("self._make_model_runner()", "self.use_v2_model_runner")),
+    (
+        f"{_V2}.model_runner",
+        "GPUModelRunner",
+        (
+            "self.model_state = init_model_state(",
+            "self.finish_requests(",
+            "preempted_req_ids",
+            "self.model_state.add_request(",
+            "self.model_state.preprocess_state(",
+            "self.model_state.initialize_kv_cache(",
+            "self.cudagraph_manager = ModelCudaGraphManager(",
+            "self.cudagraph_manager.run_fullgraph(",
+            "self.cudagraph_manager.run_pw_graph(",
+            "self.attn_groups",
+            "self.max_num_tokens",
+            "self.is_last_pp_rank",
+        ),
+    ),
+    (f"{_V2}.model_states", "init_model_state", ("resolve_model_state_cls(",)),
+    (f"{_V2}.block_table", "BlockTables", ("self.slot_mappings",)),
+    (f"{_V2}.async_utils", "AsyncOutput", ("self.model_runner_output",)),
+)
+"""Instance attributes and calls, which only the source tells: (module, what it holds, words in it)."""
