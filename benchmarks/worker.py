@@ -1,7 +1,8 @@
 """An engine under load in a process of its own; started by `headway.benchmarks.engine`.
 
-Reads one JSON object a line from stdin, {"scenarios": [{...}], "model": ...} first and {"run":
-name of a scenario} after it, and answers each with one line on the stdout it was started with.
+Reads one JSON object a line from stdin, {"scenarios": [{...}], "model": ..., "memory": ...} first
+and {"run": name of a scenario} after it, and answers each with one line on the stdout it was
+started with. It runs in a folder that it may write to.
 """
 
 from __future__ import annotations
@@ -11,29 +12,87 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headway.benchmarks.scenarios import STEERING, Scenario, Steering
+from headway.benchmarks.scenarios import SINK_DIMS, STEERING, TAU, Scenario, Steering
+from headway.steering import ModelGeometry
+from headway.steering.sinks import DimMeasurement, SinkProfile
 
 
-def start(scenarios: Sequence[Scenario], model: str) -> Any:
-    """The `vllm.LLM` of scenarios that share an engine."""
+def start(scenarios: Sequence[Scenario], model: str, memory: float | None) -> Any:
+    """The `vllm.LLM` of scenarios that share an engine; memory: see `options`.
+
+    Raises RuntimeError where vLLM would not run on the device that is to be measured.
+    """
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    on_cuda = memory is not None
+    if current_platform.is_cuda() != on_cuda:
+        found, meant = current_platform.device_type, "cuda" if on_cuda else "cpu"
+        raise RuntimeError(f"vLLM runs on {found or 'nothing'} here, not on {meant}")
+    settings = options(scenarios, memory)
+    if on_cuda and scenarios[0].headway:
+        path = Path("sinks.json").absolute()
+        sink_profile(_geometry(model)).save(path)
+        settings["additional_config"] = {"headway": {"profiles": {"sinks": str(path)}}}
+    return LLM(model, **settings)
+
+
+def options(scenarios: Sequence[Scenario], memory: float | None) -> dict[str, Any]:
+    """What the engine of these scenarios is started with.
+
+    memory: its share of the CUDA device's memory, None on CPU.
+    """
     first = scenarios[0]
-    return LLM(
-        model,
-        dtype=first.dtype,
-        enforce_eager=first.enforce_eager,
-        enable_prefix_caching=True,
-        max_model_len=max((each.prompt_tokens or 0) + each.output_tokens for each in scenarios)
+    share = {} if memory is None else {"gpu_memory_utilization": memory}
+    return {
+        "dtype": first.dtype,
+        "enforce_eager": first.enforce_eager,
+        "enable_prefix_caching": True,
+        "max_model_len": max((each.prompt_tokens or 0) + each.output_tokens for each in scenarios)
         + 16,
-        max_num_seqs=max(each.num_requests for each in scenarios),
-        seed=0,
-        additional_config={"headway": {}} if first.headway else {},
+        "max_num_seqs": max(each.num_requests for each in scenarios),
+        "seed": 0,
+        "additional_config": {"headway": {}} if first.headway else {},
+        **share,
+    }
+
+
+def sink_profile(geometry: ModelGeometry) -> SinkProfile:
+    """Names the sink dimensions of the scenarios: else CUDA graphs would not tag their sinks.
+
+    They are no finding about the model, and nothing was measured.
+    """
+    nothing = (0.0,) * geometry.num_layers
+    return SinkProfile(
+        kind="sinks",
+        version=1,
+        fingerprint=geometry.fingerprint,
+        architecture=geometry.architecture,
+        hidden_size=geometry.hidden_size,
+        num_layers=geometry.num_layers,
+        dims=SINK_DIMS,
+        tau=TAU,
+        num_prompts=0,
+        num_tokens=0,
+        sink_tokens=0,
+        measurements=tuple(
+            DimMeasurement(dim=dim, phi_first=nothing, phi_other=nothing, sink_tokens=0)
+            for dim in SINK_DIMS
+        ),
     )
+
+
+def _geometry(model: str) -> ModelGeometry:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from headway.server.engine.geometry import geometry_of
+
+    return geometry_of(EngineArgs(model=model).create_engine_config())
 
 
 class Load:
@@ -54,20 +113,41 @@ class Load:
         self.specs = self._specs()
 
     def run(self) -> dict[str, float]:
-        """Serve all requests once; tokens/s counts output tokens, from submission to the end."""
+        """Serve all requests once; tokens/s counts output tokens, from submission to the end.
+
+        Raises RuntimeError if an output is shorter than asked for.
+        """
         prompts = self._prompts()
         started, cpu = time.perf_counter(), time.process_time()
         outputs = self.llm.generate(prompts, self._params(), use_tqdm=False)
         seconds = time.perf_counter() - started
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        return {"tokens": tokens, "seconds": seconds, "cpu_seconds": time.process_time() - cpu}
+        cpu = time.process_time() - cpu
+        if tokens != self.scenario.num_requests * self.scenario.output_tokens:
+            raise RuntimeError(f"{self.scenario.name}: only {tokens} tokens, a request failed")
+        prompts_cached = sum(output.num_cached_tokens or 0 for output in outputs) / sum(
+            len(output.prompt_token_ids) for output in outputs
+        )
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "prompts_cached": prompts_cached,
+        }
 
     def verify(self) -> dict[str, Any]:
         """Serve all requests once and show that they were steered as the scenario says.
 
-        Raises RuntimeError if a position was not edited, or an engine without Headway has it.
+        Raises RuntimeError if a position was not edited, or an engine without Headway has it, or
+        one that is to have CUDA graphs has none.
         """
-        worker = self.llm.llm_engine.vllm_config.parallel_config.worker_cls
+        config = self.llm.llm_engine.vllm_config
+        worker = config.parallel_config.worker_cls
+        facts = {"worker": worker}
+        if not self.scenario.enforce_eager:
+            facts["cudagraph_mode"] = mode = config.compilation_config.cudagraph_mode.name
+            if mode == "NONE":
+                raise RuntimeError(f"{self.scenario.name}: the engine has no CUDA graphs")
         if worker.startswith("headway.") != self.scenario.headway:
             raise RuntimeError(f"{self.scenario.name}: the engine's worker is {worker}")
         if not self.scenario.headway:
@@ -76,8 +156,8 @@ class Load:
                 raise RuntimeError(f"stock vLLM has Headway's modules loaded: {loaded}")
         if not self.specs:
             self.run()
-            return {"worker": worker, "programs": 0, "positions_edited": 0}
-        return {"worker": worker, **self._run_reported()}
+            return {**facts, "programs": 0, "positions_edited": 0}
+        return {**facts, **self._run_reported()}
 
     def _prompts(self) -> list[dict[str, Any]]:
         # A salt of its own keeps a run that computes its prompts out of the cache of earlier ones.
@@ -151,7 +231,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     first = json.loads(sys.stdin.readline())
     scenarios = [Scenario(**scenario) for scenario in first["scenarios"]]
-    llm = start(scenarios, first["model"])
+    llm = start(scenarios, first["model"], first["memory"])
     loads = {scenario.name: Load(scenario, llm) for scenario in scenarios}
     verified = {name: load.verify() for name, load in loads.items()}
     print(json.dumps(verified), file=answers, flush=True)

@@ -19,6 +19,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.benchmarks.environment import (
+    NO_MEASUREMENTS,
+    cuda_device,
+    environment,
+    interpreter_refusal,
+)
 from headway.kernels import aot
 from headway.kernels.occupancy import LIMITS
 
@@ -58,15 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def refusal() -> str | None:
     """Why nothing can be measured here, or None."""
-    import torch
-
-    if aot.interpreted():
-        reason = "TRITON_INTERPRET is set"
-    elif not torch.cuda.is_available():
-        reason = "no CUDA device"
-    else:
-        return None
-    return f"{reason}; timings under Triton's interpreter are no measurements; use --static"
+    reason = interpreter_refusal()
+    if reason is None and cuda_device() is None:
+        reason = f"no CUDA device; {NO_MEASUREMENTS}"
+    return f"{reason}; use --static" if reason else None
 
 
 def cases(names: Sequence[str] = ()) -> Iterator[Case]:
@@ -101,7 +102,6 @@ def _static(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from headway.benchmarks.environment import environment
     from headway.benchmarks.kernels import device
 
     try:

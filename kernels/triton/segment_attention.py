@@ -85,7 +85,8 @@ def tiles_of(head_size: int, group: int, dtype: torch.dtype, one_row: bool, move
     half = dtype is not torch.float32
     block_n = 64 if one_row and pad <= 64 and half else 32
     num_warps = 8 if pad > 128 or (pad > 64 and not half) else 4
-    return Tiles(max(block_m, triton.next_power_of_2(group)), block_n, num_warps, 2)
+    num_stages = 3 if one_row and not moves else 2
+    return Tiles(max(block_m, triton.next_power_of_2(group)), block_n, num_warps, num_stages)
 
 
 def splits_of(num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
@@ -272,20 +273,19 @@ _STRIDES = (
 def specialisations() -> Iterator[Specialisation]:
     """Decode whole and divided, and prompt chunks; 32 heads over 8 KV heads, every head size.
 
-    Decode of logits only, which has the tiles of decode and one accumulator of its three, is
-    described for head size 128: at 80 and 96, undivided, it spills 8 bytes on sm_80.
+    Of decode steps that edit logits only, those divided are described for head size 128 alone.
     """
     for dtype in DTYPES:
         for head_size in (64, 80, 96, 128, 256):
             for one_row, num_splits, moves in (
                 (True, 1, True),
+                (True, 1, False),
                 (True, 8, True),
                 (False, 1, True),
                 (False, 1, False),
             ):
                 yield from _variants(dtype, head_size, one_row, num_splits, moves)
-        for num_splits in (1, 8):
-            yield from _variants(dtype, 128, True, num_splits, moves=False)
+        yield from _variants(dtype, 128, True, num_splits=8, moves=False)
 
 
 def _variants(

@@ -1,4 +1,8 @@
-"""`headway doctor`: what is installed, whether it fits together, what would be refused and why."""
+"""`headway doctor`: what is installed, whether it fits together, what would be refused and why.
+
+vLLM symbols relied on: `vllm.platforms.current_platform`, `vllm.triton_utils.HAS_TRITON`,
+`vllm.envs.VLLM_USE_V2_MODEL_RUNNER`.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def examine(model: str | None) -> Iterator[tuple[str, list[Finding]]]:
     """The sections of the examination, each found when it is asked for."""
     yield "versions", versions()
+    yield "device", device()
     yield "vLLM symbols", seams()
     yield "plugins", plugins()
     if model is not None:
@@ -76,6 +81,37 @@ def versions() -> list[Finding]:
         Finding("python", None, platform.python_version()),
         *(_installed(name) for name in ("headway", "torch", "transformers")),
         Finding("vllm, from the distribution", len(providers) == 1, described),
+    ]
+
+
+def device() -> list[Finding]:
+    """Where vLLM would run, and whether with the model runner that Headway steers there.
+
+    That is V2 on CUDA, whose kernels are Triton's, and V1 on CPU.
+    """
+    try:
+        with quiet_stdout():
+            from vllm import envs
+            from vllm.platforms import current_platform
+            from vllm.triton_utils import HAS_TRITON
+    except ImportError as error:
+        return [Finding("vllm", False, f"cannot be imported: {error}")]
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cpu():
+        detail = "VLLM_USE_V2_MODEL_RUNNER=1 chooses V2" if chosen else ""
+        return [Finding("device", None, "cpu"), Finding("V1 model runner", not chosen, detail)]
+    if not current_platform.is_cuda():
+        name = current_platform.device_type or "none that vLLM knows"
+        return [Finding("device", False, f"{name}; Headway steers on cuda and cpu")]
+    detail = "vLLM would choose it"
+    if chosen is False:
+        detail = "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"
+    elif not HAS_TRITON:
+        detail = "vLLM has no Triton to use; VLLM_LOGGING_LEVEL=INFO shows why"
+    return [
+        Finding("device", None, current_platform.get_device_name()),
+        _triton(),
+        Finding("V2 model runner", chosen is not False and HAS_TRITON, detail),
     ]
 
 
@@ -169,3 +205,12 @@ def _installed(name: str) -> Finding:
         return Finding(name, True, version(name))
     except PackageNotFoundError:
         return Finding(name, False, "not installed")
+
+
+def _triton() -> Finding:
+    try:
+        with quiet_stdout():
+            import triton  # noqa: F401
+    except ImportError as error:
+        return Finding("triton", False, f"cannot be imported: {error}")
+    return _installed("triton")

@@ -66,6 +66,10 @@ class SteeringAttention:
         plan.edit_head_outputs(index, output)
         return output
 
+    def may_pretend(self, metadata: Any) -> bool:
+        """Whether other lengths for some sequences leave the others' results as they are."""
+        return True
+
     def _call(
         self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, metadata: Any
     ) -> AttentionCall:
@@ -86,7 +90,7 @@ class SteeringAttention:
             window,
             getattr(metadata, "max_query_len", 0),
             getattr(metadata, "max_seq_len", 0),
-            self.base_takes_seq_lens,
+            self.base_takes_seq_lens and self.may_pretend(metadata),
         )
 
 

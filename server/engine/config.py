@@ -48,9 +48,11 @@ def unsupported_request(vllm_config: Any) -> str | None:
     if vllm_config.speculative_config is not None:
         return "steering together with speculative decoding is not supported"
     parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+    # A dry run describes no more than it must.
+    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size")
+    if any(getattr(parallel, name, 1) > 1 for name in sizes):
         return "steering together with context parallelism is not supported"
-    if parallel.use_ubatching:
+    if getattr(parallel, "use_ubatching", False):
         return "steering together with dual batch overlap is not supported"
     return None
 
@@ -71,11 +73,23 @@ def unsupported_attention(vllm_config: Any) -> str | None:
         return f"the attention kernel does not read a KV cache of {cache.cache_dtype}"
     if not on_gpu and (reason := _unsupported_cpu_cache(model, cache)):
         return reason
+    kind = _other_attention(model)
+    return f"{kind} is not supported" if kind else None
+
+
+def _other_attention(model: Any) -> str | None:
+    """What makes a model's attention another one than the head word's formula describes."""
     text = model.hf_text_config
     if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
-        return "layers with ALiBi are not supported"
+        return "attention with ALiBi"
     if getattr(text, "model_type", "") in MODELS_WITH_SINK_LOGITS:
-        return "layers with learned attention sinks are not supported"
+        return "attention with learned sinks"
+    if getattr(text, "attention_chunk_size", None):
+        return "chunked local attention"
+    if getattr(model, "is_mm_prefix_lm", False):
+        return "attention in which the tokens of an image see each other"
+    if getattr(model, "rswa_window", None) is not None:
+        return "attention with a window that leaves out a prefix"
     return None
 
 

@@ -1,7 +1,7 @@
 """Seam: the output of attention on vLLM's CUDA backends.
 
 vLLM symbols relied on: the backends FLASH_ATTN, FLASHINFER and TRITON_ATTN of
-`AttentionBackendEnum`, whose classes are looked up by name (`get_path`) and have `get_impl_cls` and
+`AttentionBackendEnum`, whose values are the names of classes that have `get_impl_cls` and
 `get_builder_cls`; of their implementations `forward`, `scale`, `logits_soft_cap`, `sliding_window`,
 `alibi_slopes`, `sinks`, `fused_output_quant_supported`; of FLASH_ATTN's and TRITON_ATTN's metadata
 `query_start_loc`, `seq_lens`, `block_table`, `slot_mapping`, `max_query_len`, `max_seq_len`, which
@@ -43,19 +43,24 @@ class _WithBatch:
         return metadata
 
 
-def steering_backend(base: Any, takes_seq_lens: bool) -> Any:
+def steering_backend(base: Any, takes_seq_lens: bool, **further: Any) -> Any:
     """A vLLM attention backend whose implementation also carries out edits.
 
     takes_seq_lens: whether its kernel reads the metadata's sequence lengths when it runs.
+    further: members of the implementation.
     """
     impl = base.get_impl_cls()
     members: dict[str, Any] = {
         "base_takes_seq_lens": takes_seq_lens,
         # Head outputs are edited after the kernel: it must not quantise them before.
         "fused_output_quant_supported": lambda self, quant_key: False,
+        **further,
     }
     steering_impl = type(f"Steering{impl.__name__}", (SteeringAttention, impl), members)
-    backend: dict[str, Any] = {"get_impl_cls": staticmethod(lambda: steering_impl)}
+    backend: dict[str, Any] = {
+        "get_impl_cls": staticmethod(lambda: steering_impl),
+        "headway_wraps": True,
+    }
     if not takes_seq_lens:
         builder = base.get_builder_cls()
         with_batch = type(f"Steering{builder.__name__}", (_WithBatch, builder), {})
@@ -74,7 +79,17 @@ def _backend(name: str) -> Any:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     base = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
-    return steering_backend(base, BACKENDS[name])
+    further = {"may_pretend": _flash_may_pretend} if name == "FLASH_ATTN" else {}
+    return steering_backend(base, BACKENDS[name], **further)
+
+
+def _flash_may_pretend(impl: Any, metadata: Any) -> bool:
+    """FlashAttention 3 without a schedule made in advance divides all sequences by their lengths.
+
+    Told others for some it would divide the rest differently, and change their last bits.
+    """
+    scheduled = getattr(metadata, "scheduler_metadata", None) is not None
+    return scheduled or getattr(impl, "vllm_flash_attn_version", None) != 3
 
 
 def __getattr__(name: str) -> Any:
@@ -95,6 +110,9 @@ def unsupported_layer(layer: Any, edits: bool) -> str | None:
         return f"its attention backend is {type(impl).__name__}; Headway wraps {known}"
     if not edits:
         return None
+    if not vars(layer.attn_backend).get("headway_wraps"):
+        # vLLM subclasses backends where it cuts requests up (chunks) or adds keys (sinks).
+        return f"its attention backend {layer.attn_backend.__name__} changes the batch"
     if getattr(impl, "alibi_slopes", None) is not None:
         return "it has ALiBi"
     if getattr(impl, "sinks", None) is not None:

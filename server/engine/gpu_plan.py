@@ -38,6 +38,7 @@ class GpuStepPlan(StepPlan):
     planner: GpuPlanner
     readings: list[tuple[Span, RequestReadings, int]] = field(default_factory=list)
     capturing: bool = False
+    moves: bool = False
     _told_base: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +81,6 @@ class GpuStepPlan(StepPlan):
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         planner, buffers = self.planner, self.planner.buffers
-        # Only models whose sink dimensions are known have rules.
         captured = planner.can_tag and layer in planner.sink_tags
         if not (captured if self.capturing else self._sinks[layer]):
             return
@@ -192,18 +192,18 @@ class GpuStepPlan(StepPlan):
             call.soft_cap,
             call.sliding_window,
             tables.position_tags,
-            planner.sink_tags.get(layer),
+            planner.sink_tags[layer],
             planner.readings.buffer[row],
             planner.workspace,
             splits,
-            moves=self.capturing or bool(self.readings) or bool(self._moves[layer]),
+            moves=self.moves or bool(self.readings) or bool(self._moves[layer]),
         )
 
 
 class GpuPlanner:
     """Plans the steps of a GPU worker, and owns its buffers.
 
-    num_sms: multiprocessors of the device. can_tag: whether the model's sink dimensions are known;
+    num_sms: multiprocessors of the device. can_tag: whether sinks are tagged in CUDA graphs too;
     captures_residual: whether CUDA graphs have residual edits.
     sink_tags: layer -> uint8 [num_blocks * block_size]; slot_mappings: layer -> int64
     [max_num_tokens], vLLM's persistent buffer; both set when the KV cache is there.
@@ -231,8 +231,17 @@ class GpuPlanner:
         self.captures_residual = captures_residual
         self.sink_tags: dict[int, torch.Tensor] = {}
         self.slot_mappings: dict[int, torch.Tensor] = {}
-        self.captured = GpuStepPlan(tables, (), (), self, capturing=True)
+        self.captured = self.everything()
         self._loaded: tuple[Span, ...] | None = None
+
+    def everything(self, moves: bool = True) -> GpuStepPlan:
+        """A plan that launches whatever a step may need, for capturing and for warming up.
+
+        moves: with the accumulators that edits after the softmax need.
+        """
+        plan = GpuStepPlan(self.tables, (), (), self, capturing=True)
+        plan.moves = moves
+        return plan
 
     def plan(self, step: Scheduled) -> GpuStepPlan:
         """The plan of a step that has spans or sink rows; uploads what changed."""
@@ -252,10 +261,11 @@ class GpuPlanner:
 
     def bind_cache(self, layer: int, num_slots: int, slot_mapping: torch.Tensor) -> None:
         """Take note of a layer's KV cache: its tags, one a slot, and where a row's slot is told."""
+        self.slot_mappings[layer] = slot_mapping
+        # Also where graphs tag nothing: they read what an eager step tagged.
         self.sink_tags[layer] = torch.zeros(
             num_slots, dtype=torch.uint8, device=slot_mapping.device
         )
-        self.slot_mappings[layer] = slot_mapping
 
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""

@@ -14,6 +14,9 @@ from headway.kernels.triton.segment_finish import NUM_READINGS
 from headway.server.engine.gpu_tables import GpuTables
 from headway.server.engine.readings import CLASSES, RequestReadings
 
+SUMS = len(Mass)
+"""Columns that are added up; the next hold the masses of the last row."""
+
 
 class GpuReadings:
     """buffer: float32 [layers of this stage, max_num_seqs, local heads, NUM_READINGS]."""
@@ -40,7 +43,8 @@ class GpuReadings:
         """Its request leaves the batch: keep what was read, give the row back."""
         found = self._rows.pop(id(readings), None)
         if found is not None:
-            readings.parts.append(self.buffer[:, found[0]].clone())
+            part = self.buffer[:, found[0]].clone()
+            readings.parts[:] = [_joined(readings.parts[0], part) if readings.parts else part]
             self._free.append(found[0])
 
     def fetch(self, readings: RequestReadings) -> None:
@@ -56,6 +60,13 @@ class GpuReadings:
             return
         layers = slice(self.tables.layers.start, self.tables.layers.stop)
         last, total = readings.masses(self.tables)
-        seen = values[..., 4 : 4 + len(CLASSES)]
+        seen = values[..., SUMS : SUMS + len(CLASSES)]
         last[layers] = np.where(seen.any(axis=-1, keepdims=True), seen, last[layers])
         total[layers] += values[..., : len(CLASSES)]
+
+
+def _joined(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """Sums added, masses of the last row from the later part where it has any."""
+    last = later[..., SUMS:]
+    newest = torch.where(last.any(dim=-1, keepdim=True), last, earlier[..., SUMS:])
+    return torch.cat([earlier[..., :SUMS] + later[..., :SUMS], newest], dim=-1)

@@ -14,6 +14,7 @@ back as a new one.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
+
+logger = logging.getLogger(__name__)
 
 
 class SteeringModelRunner:
@@ -69,7 +72,8 @@ class SteeringModelRunner:
             self.max_num_tokens,
             self.device,
             _num_sms(self.device),
-            can_tag=geometry.sink_dims != (),
+            # Who steers by the image may name sink dimensions that the model is not known for.
+            can_tag=geometry.supports_images or geometry.sink_dims != (),
             captures_residual=captures_residual(self.vllm_config),
         )
         self.steering = SteeringState(geometry, self.planner)
@@ -98,7 +102,7 @@ class SteeringModelRunner:
             )
         finally:
             plan = current.plan
-            if plan is not None and plan is not self.planner.captured:
+            if isinstance(plan, GpuStepPlan) and not plan.capturing:
                 current.plan = None
                 with self.steering.guard("report"):
                     self.steering.close_step(plan)
@@ -111,6 +115,23 @@ class SteeringModelRunner:
                 # Sampled tokens are copied while the next step runs; the output is this object.
                 setattr(getattr(output, "model_runner_output", output), FAILED_REQUESTS, failed)
         return output
+
+    def warm_up_steering(self: Any) -> None:
+        """Have the kernels of eager steps compiled before the first request that needs them.
+
+        Decode steps of a captured graph are compiled when it is captured.
+        """
+        rows = min(2 * self.max_num_reqs, self.max_num_tokens)
+        try:
+            for moves in (True, False):
+                current.plan = self.planner.everything(moves)
+                self._dummy_run(rows, skip_eplb=True)
+                self._dummy_run(1, uniform_decode=True, skip_eplb=True)
+        except Exception:
+            # They are compiled when they are needed, then.
+            logger.warning("the steering kernels were not warmed up", exc_info=True)
+        finally:
+            current.plan = None
 
     def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         current.plan = self.planner.captured

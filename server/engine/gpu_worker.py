@@ -1,7 +1,7 @@
 """Seam: vLLM's GPU worker, which builds the V2 runner.
 
 vLLM symbols relied on: `vllm.v1.worker.gpu_worker.Worker` (`init_device`, `_make_model_runner`,
-`use_v2_model_runner`), `vllm.v1.worker.gpu.model_runner.GPUModelRunner`.
+`compile_or_warm_up_model`), `vllm.v1.worker.gpu.model_runner.GPUModelRunner`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class HeadwayGPUWorker(SteeringRpc, Worker):
         """Build vLLM's device and runner, the runner and the attention backends being ours."""
         gpu_attention.install()
         super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile Headway's kernels before vLLM captures its graphs."""
+        self.model_runner.warm_up_steering()
+        return super().compile_or_warm_up_model()
 
     def _make_model_runner(self) -> Any:
         return SteeringGPUModelRunner(self.vllm_config, self.device)

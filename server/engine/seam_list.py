@@ -56,6 +56,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.config", "ModelConfig.is_attention_free"),
     Seam("vllm.config", "ModelConfig.is_hybrid"),
     Seam("vllm.config", "ModelConfig.use_mla"),
+    Seam("vllm.config", "ModelConfig.is_mm_prefix_lm"),
+    Seam("vllm.config", "ModelConfig.rswa_window"),
     Seam(
         "vllm.config.model_arch",
         "ModelArchitectureConfig",
@@ -170,6 +172,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.distributed", "get_tp_group"),
     # gpu_worker.py, gpu_tables.py
     Seam(_GPU_WORKER, "Worker.init_device", ("self",)),
+    Seam(_GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
     Seam(_GPU_WORKER, "Worker._make_model_runner", ("self",)),
     Seam("vllm.utils.torch_utils", "async_tensor_h2d", ("data", "out")),
     # gpu_runner.py
@@ -182,6 +185,11 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(f"{_V2}.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
     Seam(f"{_V2}.model_runner", "GPUModelRunner.capture_model", ("self",)),
+    Seam(
+        f"{_V2}.model_runner",
+        "GPUModelRunner._dummy_run",
+        ("self", "num_tokens", "uniform_decode", "skip_eplb"),
+    ),
     Seam(f"{_V2}.model_states", "resolve_model_state_cls", ("vllm_config", "model")),
     Seam(
         f"{_V2}.model_states.interface",
@@ -270,6 +278,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self.chunk_lookback",
         ),
     ),
+    ("vllm.model_executor.layers.attention", "Attention", ("self.attn_backend =",)),
     (_GPU_WORKER, "Worker", ("self._make_model_runner()", "self.use_v2_model_runner")),
     (
         f"{_V2}.model_runner",
@@ -286,6 +295,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self.cudagraph_manager.run_pw_graph(",
             "self.attn_groups",
             "self.max_num_tokens",
+            "self.max_num_reqs",
             "self.is_last_pp_rank",
         ),
     ),
@@ -293,4 +303,4 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (f"{_V2}.block_table", "BlockTables", ("self.slot_mappings",)),
     (f"{_V2}.async_utils", "AsyncOutput", ("self.model_runner_output",)),
 )
-"""Instance attributes and calls, which only the source tells: (module, what it holds, words in it)."""
+"""Instance attributes and calls, which only the source tells: (module, name in it, words)."""

@@ -45,6 +45,7 @@ def main(source: str, target: str) -> None:
 
     plugin.WORKERS["vllm.v1.worker.cpu_worker.CPUWorker"] = "tests.v2_worker.V2CpuWorker"
     harness = Harness(LLM(**task["engine"], additional_config={"headway": {}}))
+    harness.runner.warm_up_steering()
     for artifact in task["artifacts"]:
         harness.llm.collective_rpc("headway_load_artifact", args=(artifact,))
     done = []

@@ -26,9 +26,16 @@ HEAD_SIZES = {64, 80, 96, 128, 256}
 BY_HEAD_SIZE = ("segment_attention", "head_affine")
 OTHERS = ("residual_edit", "saliency_row", "head_selection", "sink_tags")
 WITHOUT_DTYPE = ("base_seq_lens",)
-VARIANTS = ("decode", "decode, divided", "join", "prompt", "prompt, logits only")
+VARIANTS = (
+    "decode",
+    "decode, logits only",
+    "decode, divided",
+    "join",
+    "prompt",
+    "prompt, logits only",
+)
 """Of segment attention, for every dtype and head size."""
-LOGITS_ONLY = ("decode, logits only", "decode, logits only, divided", "join, logits only")
+LOGITS_ONLY = ("decode, logits only, divided", "join, logits only")
 """Further variants, of head size 128."""
 
 triton = pytest.mark.skipif(

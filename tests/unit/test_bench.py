@@ -1,20 +1,25 @@
-"""`headway bench overhead` without engines: statistics, verdicts, order of runs, report."""
+"""`headway bench overhead` without engines: statistics, verdicts, order of runs, device, report."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from headway.benchmarks import overhead
+from headway.benchmarks import engine, environment, overhead, worker
 from headway.benchmarks.engine import EngineError
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario
 from headway.benchmarks.statistics import Ratio, Verdict, paired_ratio, verdict
 from headway.steering import ModelGeometry, SteeringProgram, compile_spec, parse_spec
 from headway.steering.program import Feature
+from headway.steering.sinks import SinkProfile
 
 pytestmark = pytest.mark.unit
 
@@ -28,9 +33,13 @@ class FakeEngine:
 
     started: list[FakeEngine] = []
     runs: list[str] = []
+    prompts_cached = 0.998
 
-    def __init__(self, scenarios: list[Scenario], model: Path, log: Path) -> None:
+    def __init__(
+        self, scenarios: list[Scenario], model: Path, log: Path, memory: float | None
+    ) -> None:
         self.names = [scenario.name for scenario in scenarios]
+        self.scenarios, self.model, self.memory = scenarios, model, memory
         self.closed = False
         self.started.append(self)
 
@@ -41,7 +50,12 @@ class FakeEngine:
         assert name in self.names
         self.runs.append(name)
         seconds = 1024 / SPEED[name]
-        return {"tokens": 1024, "seconds": seconds, "cpu_seconds": 2 * seconds}
+        return {
+            "tokens": 1024,
+            "seconds": seconds,
+            "cpu_seconds": 2 * seconds,
+            "prompts_cached": self.prompts_cached,
+        }
 
     def cpu_seconds(self) -> float:
         return 0.0
@@ -55,7 +69,26 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "started", [])
     monkeypatch.setattr(FakeEngine, "runs", [])
     monkeypatch.setattr(overhead, "Engine", FakeEngine)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return FakeEngine
+
+
+@pytest.fixture
+def cuda(engines: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    """A machine with a CUDA device, and other processes on its cores."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Small")
+    monkeypatch.setattr(overhead, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.5, 3.0))
+    return engines
+
+
+def run(output: Path, *options: str) -> dict[str, Any]:
+    """The report of a run of two rounds."""
+    assert overhead.main(["--rounds", "2", "--output", str(output), *options]) == 0
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
 
 
 def test_a_ratio_is_paired_by_round() -> None:
@@ -165,3 +198,180 @@ def test_an_engine_that_ends_is_an_error(
     assert overhead.main(["--model", str(tmp_path)]) == 1
     assert "no memory" in capsys.readouterr().err
     assert all(engine.closed for engine in engines.started)
+
+
+# The device
+
+
+def test_on_cuda_engines_share_the_device_and_capture_graphs(
+    cuda: type[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tmp_path / "report.json", "--model", str(tmp_path / "tiny"))
+    assert [each.memory for each in cuda.started] == [engine.DEVICE_MEMORY / 2] * 2
+    for each in (scenario for started in cuda.started for scenario in started.scenarios):
+        assert (each.dtype, each.enforce_eager) == ("bfloat16", False)
+    assert report["environment"]["cuda_device"] == "NVIDIA Small"
+    assert not any(name.startswith("VLLM_CPU") for name in report["engine_settings"])
+    assert report["warnings"] == []  # what uses the cores is no matter
+    printed = capsys.readouterr().out
+    assert "measured on NVIDIA Small, bfloat16, CUDA graphs" in printed
+    assert "CPU time" not in printed
+
+
+def test_on_cpu_engines_are_eager_and_cores_are_watched(
+    engines: type[FakeEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(overhead, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.5, 3.0))
+    report = run(tmp_path / "report.json", "--model", str(tmp_path / "tiny"))
+    assert [each.memory for each in engines.started] == [None, None]
+    for each in (scenario for started in engines.started for scenario in started.scenarios):
+        assert (each.dtype, each.enforce_eager) == ("float32", True)
+    assert report["environment"]["cuda_device"] is None
+    assert report["engine_settings"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert len(report["warnings"]) == 2
+    printed = capsys.readouterr().out
+    assert "measured on" not in printed and "CPU time" in printed
+
+
+def test_a_cache_too_small_for_the_prompts_is_told_of(
+    cuda: type[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "prompts_cached", 0.5)
+    (warning,) = run(tmp_path / "report.json", "--model", str(tmp_path))["warnings"]
+    assert "KV cache is too small" in warning and "LocoRE, context 4096" in warning
+    assert "affine" not in warning
+
+
+def test_a_model_is_found_from_the_folder_of_the_engines(
+    engines: type[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "report.json", "--model", "7b")["model"] == "7b"
+    assert {each.model for each in engines.started} == {tmp_path / "7b"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "engines"])
+def test_nothing_is_measured_under_the_interpreter(
+    device: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started = request.getfixturevalue(device).started
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert overhead.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "TRITON_INTERPRET is set" in line and "no measurements" in line
+    assert started == []
+
+
+def test_an_interpreter_that_is_switched_off_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert environment.interpreter_refusal() is None
+
+
+def test_an_engine_takes_its_share_of_the_device_and_of_nothing_else() -> None:
+    stock, idle = SCENARIOS[0], overhead.sized(SCENARIOS, "bfloat16", 64, enforce_eager=False)
+    on_cpu, on_cuda = worker.options([stock], None), worker.options(idle, 0.45)
+    assert "gpu_memory_utilization" not in on_cpu and on_cpu["enforce_eager"] is True
+    assert on_cuda["gpu_memory_utilization"] == 0.45 and on_cuda["enforce_eager"] is False
+    assert on_cuda["max_model_len"] == 4097 + 16 + 16
+    assert engine.settings(on_cuda=False).items() > engine.settings(on_cuda=True).items()
+
+
+def test_an_engine_process_is_told_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    started: dict[str, Any] = {}
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **streams: Any) -> None:
+            started["env"] = env
+            self.stdin = (tmp_path / "sent").open("w")
+
+    monkeypatch.setattr(engine.subprocess, "Popen", Process)
+    engine.Engine(SCENARIOS[:1], tmp_path, tmp_path / "log", 0.45).process.stdin.close()
+    assert json.loads((tmp_path / "sent").read_text())["memory"] == 0.45
+    assert "VLLM_CPU_KVCACHE_SPACE" not in started["env"]
+
+
+def test_a_profile_has_the_sink_dimensions_of_the_scenarios(tmp_path: Path) -> None:
+    worker.sink_profile(GEOMETRY).save(tmp_path / "sinks.json")
+    profile = SinkProfile.load(tmp_path / "sinks.json")
+    profile.check_model(GEOMETRY)
+    program = STEERING["redistribution"](GEOMETRY, 0)
+    assert isinstance(program, SteeringProgram) and program.sink_rule is not None
+    assert (profile.dims, profile.tau) == (program.sink_rule.dims, program.sink_rule.tau)
+
+
+@pytest.mark.parametrize(("is_cuda", "memory"), [(False, 0.45), (True, None)])
+def test_vllm_must_run_on_the_device_that_is_reported(
+    is_cuda: bool, memory: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = "cuda" if is_cuda else "cpu"
+    platform = SimpleNamespace(is_cuda=lambda: is_cuda, device_type=kind)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=None))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    with pytest.raises(RuntimeError, match=f"vLLM runs on {kind} here"):
+        worker.start(SCENARIOS[:1], "m", memory)
+
+
+class FakeLlm:
+    """Answers every request with so many tokens, as an engine with CUDA graphs of this mode."""
+
+    def __init__(self, tokens: int, mode: str) -> None:
+        self.tokens = tokens
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker"),
+            compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=config)
+
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(vocab_size=100)
+
+    def generate(self, prompts: list[dict[str, Any]], *args: Any, **kwargs: Any) -> list[Any]:
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"],
+                num_cached_tokens=len(prompt["prompt_token_ids"]) // 2,
+                outputs=[SimpleNamespace(token_ids=[0] * self.tokens)],
+            )
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., worker.Load]:
+    """The stock load on a fake engine."""
+    vllm = SimpleNamespace(SamplingParams=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    for name in [name for name in sys.modules if name.startswith("headway.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    stock, *_ = overhead.sized(SCENARIOS[:1], "bfloat16", 64, enforce_eager=False)
+    return lambda tokens=64, mode="FULL": worker.Load(stock, FakeLlm(tokens, mode))
+
+
+def test_a_run_says_how_much_of_the_prompts_was_cached(load: Callable[..., worker.Load]) -> None:
+    result = load().run()
+    assert (result["tokens"], result["prompts_cached"]) == (16 * 64, 0.5)
+
+
+def test_an_output_that_ends_early_is_no_measurement(load: Callable[..., worker.Load]) -> None:
+    with pytest.raises(RuntimeError, match="only 1008 tokens"):
+        load(tokens=63).run()
+
+
+def test_an_engine_without_the_graphs_it_should_have_is_refused(
+    load: Callable[..., worker.Load],
+) -> None:
+    assert load(mode="PIECEWISE").verify()["cudagraph_mode"] == "PIECEWISE"
+    with pytest.raises(RuntimeError, match="no CUDA graphs"):
+        load(mode="NONE").verify()

@@ -204,6 +204,42 @@ def test_doctor_names_the_distribution_of_vllm(monkeypatch: pytest.MonkeyPatch) 
     assert not finding().ok
 
 
+@pytest.mark.parametrize(
+    ("kind", "triton", "variable", "expected"),
+    [
+        ("cuda", True, None, (None, True, True)),
+        ("cuda", True, "1", (None, True, True)),
+        ("cuda", True, "0", (None, True, False)),
+        ("cuda", False, None, (None, False, False)),
+        ("cpu", False, None, (None, True)),
+        ("cpu", False, "1", (None, False)),
+        ("xpu", True, None, (False,)),
+    ],
+)
+def test_doctor_tells_whether_the_device_has_a_runner_that_steers(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    triton: bool,
+    variable: str | None,
+    expected: tuple[bool | None, ...],
+) -> None:
+    platform = SimpleNamespace(
+        is_cpu=lambda: kind == "cpu",
+        is_cuda=lambda: kind == "cuda",
+        device_type=kind,
+        get_device_name=lambda: "NVIDIA L4",
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", triton)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace() if triton else None)
+    monkeypatch.setattr(doctor, "version", lambda name: "3.9.0")
+    if variable is None:
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", variable)
+    assert tuple(finding.ok for finding in doctor.device()) == expected
+
+
 def test_doctor_judges_the_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "own_plugins", lambda: [])
     for value, expected in [(None, None), ("headway", True), ("other", False)]:

@@ -18,8 +18,10 @@ from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import AttentionCall
 from headway.steering import ModelGeometry, compile_spec, parse_spec
 from headway.steering.positions import PromptFacts
+from headway.steering.program import ResidualEdit, SteeringProgram
 from headway.steering.wire import encode_facts, encode_program
 from tests.kernels.batches import Batch
+from tests.residual import drawn_artifact, residual_program
 
 pytestmark = pytest.mark.unit
 
@@ -32,16 +34,19 @@ MAX_REQS = 8
 VAR = {"method": "var", "sink_dims": [3], "tau": 2.0, "layers": [0, 1], "rho": 0.0}
 LOCORE = {"method": "locore", "layers": [1], "beta": 1.5}
 VHR = {"method": "vhr", "heads": [[0, 1], [1, 3]], "alpha": 2.0}
+ARTIFACT = drawn_artifact(1, 128)
+ADDED = residual_program(ResidualEdit(0, ARTIFACT.digest, 0.5), ResidualEdit(1, ARTIFACT.digest, 1))
 UNIFORM = {"method": "head_ablation", "mode": "uniform", "heads": [[0, 2]]}
 
 
 def payload(name: str, *methods: dict[str, Any]) -> dict[str, Any]:
     spec = {"methods": list(methods), "report": "full"}
-    return {
-        "report_id": name,
-        **encode_program(compile_spec(parse_spec(spec), GEOMETRY)),
-        "facts": encode_facts(PromptFacts(PROMPT_LEN, IMAGE)),
-    }
+    return encoded(name, compile_spec(parse_spec(spec), GEOMETRY))
+
+
+def encoded(name: str, program: SteeringProgram) -> dict[str, Any]:
+    facts = encode_facts(PromptFacts(PROMPT_LEN, IMAGE))
+    return {"report_id": name, **encode_program(program), "facts": facts}
 
 
 class Worker:
@@ -49,12 +54,16 @@ class Worker:
 
     def __init__(self, seed: int = 0) -> None:
         self.tables = GpuTables(GEOMETRY, MAX_REQS, 128)
-        self.planner = GpuPlanner(self.tables, 64, "cpu", num_sms=1, can_tag=True)
+        self.planner = GpuPlanner(
+            self.tables, 64, "cpu", num_sms=1, can_tag=True, captures_residual=True
+        )
         self.state = SteeringState(GEOMETRY, self.planner)
+        self.state.artifacts[ARTIFACT.digest] = ARTIFACT
         self.batch = Batch(seed, torch.float32, SHAPE, LENGTHS, "nhd")
         draw = torch.Generator().manual_seed(seed)
         self.query = torch.randn(MAX_REQS, 4, 32, generator=draw)
-        self.hidden = torch.randn(MAX_REQS, 128, generator=draw)
+        self.drawn = torch.randn(MAX_REQS, 128, generator=draw)
+        self.hidden = self.drawn.clone()
         self.output = torch.empty(MAX_REQS, 4, 32)
         self.query_start_loc = torch.zeros(MAX_REQS + 1, dtype=torch.int32)
         self.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32)
@@ -69,6 +78,7 @@ class Worker:
     def schedule(self, names: list[str]) -> GpuStepPlan | None:
         """Fill vLLM's buffers with one row a request, and plan the step."""
         count = len(names)
+        self.hidden.copy_(self.drawn)
         self.query_start_loc[: count + 1] = torch.arange(count + 1)
         self.query_start_loc[count + 1 :] = count
         self.seq_lens.zero_()
@@ -101,6 +111,7 @@ class Worker:
                 max_query_len=1,
                 max_seq_len=128,
             )
+            plan.edit_residual(layer, self.hidden[:num_reqs], None)
             plan.observe_residual(layer, self.hidden[:num_reqs], None)
             if plan.attends(layer):
                 plan.edit_attention(layer, call, self.base)
@@ -162,6 +173,7 @@ def add_all(worker: Worker) -> None:
     worker.state.add("a", payload("a", VAR))
     worker.state.add("b", payload("b", LOCORE, VHR))
     worker.state.add("c", payload("c", UNIFORM))
+    worker.state.add("d", encoded("d", ADDED))
 
 
 def test_a_captured_launch_does_what_each_later_step_says():
@@ -170,21 +182,24 @@ def test_a_captured_launch_does_what_each_later_step_says():
     capture(worker)
     add_all(worker)
     add_all(eager)
-    for names in (["a", "b", "c", "x"], ["x", "y", "z", "w"], ["b", "a"], ["x", "c", "b"]):
+    for names in (["a", "b", "c", "x"], ["x", "y", "z", "w"], ["b", "a"], ["d", "c", "b"]):
         plan, expected = worker.schedule(names), eager.schedule(names)
         got = worker.replay()
         if expected is None:
             assert plan is None and (got == -1.0).all()
+            assert torch.equal(worker.hidden, worker.drawn)
             continue
         want = eager.run(expected)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
         assert (want[:, : len(names)] != -1.0).any()
+        torch.testing.assert_close(worker.hidden, eager.hidden, rtol=0, atol=1e-6)
+        assert torch.equal(worker.hidden[0], worker.drawn[0]) != ("d" in names)
         assert plan is not None
         plan.replayed(worker.planner.captured, attention=True)
         worker.state.close_step(plan)
         eager.state.close_step(expected)
     assert worker.state.take_failed() == ()
-    for name in "abc":
+    for name in "abcd":
         ours, theirs = worker.state.pop_report(name), eager.state.pop_report(name)
         assert ours is not None and ours == theirs
         assert name != "a" or ours.readings["considered"] > 0
@@ -206,7 +221,7 @@ def test_the_step_path_neither_allocates_nor_waits():
     worker = Worker()
     add_all(worker)
     launches: list[Callable[[], None]] = []
-    plan = worker.schedule(["a", "b", "c", "x"])
+    plan = worker.schedule(["a", "b", "c", "d"])
     assert plan is not None
     with pytest.MonkeyPatch.context() as patch, recording(launches):
         patch.setattr(worker, "base", lambda seq_lens: None)
@@ -252,8 +267,8 @@ def test_a_launch_that_fails_ends_its_requests_and_no_other(monkeypatch):
         raise RuntimeError("no code for this device")
 
     monkeypatch.setattr(gpu_plan, "segment_attention", fail)
-    worker.state.add("d", payload("d", VHR))
-    plan = worker.schedule(["a", "d", "c", "x"])
+    worker.state.add("e", payload("e", VHR))
+    plan = worker.schedule(["a", "e", "c", "x"])
     assert plan is not None
     outputs = worker.run(plan)
     assert (outputs[:, [0, 2, 3]] == -1.0).all()  # from the base kernel, told the truth

@@ -1,0 +1,63 @@
+"""Artefacts of residual edits: what they refuse, their names, and how they travel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headway.steering.artifacts import ResidualArtifact, decode_artifact, encode_artifact
+from tests.residual import drawn_artifact
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_name_is_the_content():
+    assert drawn_artifact(1, 16).digest == drawn_artifact(1, 16).digest
+    assert drawn_artifact(1, 16).digest != drawn_artifact(2, 16).digest
+    one = drawn_artifact(1, 16)
+    moved = ResidualArtifact(one.directions, one.probe_weights, one.probe_bias + np.float32(1))
+    assert moved.digest != one.digest
+
+
+def test_it_travels_as_plain_values():
+    sent = drawn_artifact(3, 24, num_clusters=5)
+    got = decode_artifact(encode_artifact(sent))
+    assert got.digest == sent.digest and got.num_clusters == 5
+    assert (got.directions == sent.directions).all()
+    got.directions[0, 0] = 1.0  # its own memory
+
+
+@pytest.mark.parametrize("name", ["directions", "probe_weights", "probe_bias"])
+def test_damage_is_noticed(name):
+    wire = encode_artifact(drawn_artifact(3, 24))
+    damaged = bytearray(wire[name])
+    damaged[5] ^= 1
+    with pytest.raises(ValueError, match="not what its name says|finite"):
+        decode_artifact({**wire, name: bytes(damaged)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"directions": np.zeros((3, 8))}, "finite float32"),
+        ({"probe_bias": np.full(3, np.nan, np.float32)}, "finite float32"),
+        ({"directions": np.zeros(8, np.float32)}, r"\[num_clusters, hidden_size\]"),
+        ({"probe_weights": np.zeros((3, 9), np.float32)}, "shaped as directions"),
+        ({"probe_bias": np.zeros(2, np.float32)}, "every cluster"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(change, words):
+    values = {
+        "directions": np.zeros((3, 8), np.float32),
+        "probe_weights": np.zeros((3, 8), np.float32),
+        "probe_bias": np.zeros(3, np.float32),
+        **change,
+    }
+    with pytest.raises(ValueError, match=words):
+        ResidualArtifact(**values)
+
+
+def test_one_direction_needs_no_probe():
+    direction = np.arange(4, dtype=np.float32)
+    artifact = ResidualArtifact.constant(direction)
+    assert artifact.num_clusters == 1 and (artifact.directions[0] == direction).all()
