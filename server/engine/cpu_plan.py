@@ -29,7 +29,7 @@ class RowLayout:
     """The rows of some spans, laid out for the kernels; kept while the batch stays the same.
 
     rows: the rows to scale and shift; slots: int64 [num_rows], the slot of each; layers: scaled or
-    shifted by any.
+    shifted by any; add_layers: at whose entrance any adds to the residual stream.
     """
 
     spans: tuple[Span, ...]
@@ -37,6 +37,7 @@ class RowLayout:
     slots: torch.Tensor
     layers: frozenset[int]
     shift_layers: frozenset[int]
+    add_layers: frozenset[int]
     scale: torch.Tensor | None  # [num_layers, num_rows, heads] where it was gathered at once
     attention: AttentionLayout
 
@@ -52,6 +53,7 @@ class RowLayout:
         rows = slice(int(index[0]), int(index[-1]) + 1) if contiguous else torch.from_numpy(index)
         layers = np.flatnonzero(tables.affine[used].any(axis=0))
         shift_layers = np.flatnonzero(tables.shifted[used].any(axis=0))
+        add_layers = np.flatnonzero(tables.adds[used].any(axis=0))
         num_layers, _, heads = tables.scale.shape
         gathered = None
         if len(layers) and num_layers * len(index) * heads <= GATHER_LIMIT:
@@ -62,6 +64,7 @@ class RowLayout:
             slots,
             frozenset(layers.tolist()),
             frozenset(shift_layers.tolist()),
+            frozenset(add_layers.tolist()),
             gathered,
             AttentionLayout(spans, tables),
         )
@@ -86,12 +89,16 @@ class CpuStepPlan(StepPlan):
             rows.layers[layer] for rows in self.sink_rows
         )
 
+    @property
+    def watches_residual(self) -> bool:
+        return bool(self.sink_rows or self.layout.add_layers)
+
     def edit_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        spans = [span for span in self.spans if self.tables.adds[span.slot, layer]]
-        if not spans:
+        if layer not in self.layout.add_layers:
             return
+        spans = [span for span in self.spans if self.tables.adds[span.slot, layer]]
         started = time.perf_counter()
         self._each(spans, lambda span: self._add(span, layer, hidden_states, residual))
         self.residual_done.add(layer)

@@ -57,6 +57,10 @@ class GpuStepPlan(StepPlan):
             return layer in self.planner.sink_tags
         return bool(self._attends[layer])
 
+    @property
+    def watches_residual(self) -> bool:
+        return self.capturing or bool(self._adds.any() or self._sinks.any())
+
     def edit_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:

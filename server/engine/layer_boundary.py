@@ -26,7 +26,7 @@ from headway.server.engine.step_plan import current
 def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     """Have the plan of this step, if there is one, edit and observe the stream entering a layer."""
     plan = current.plan
-    if plan is not None:
+    if plan is not None and plan.watches_residual:
         plan.edit_residual(layer, hidden_states, residual)
         plan.observe_residual(layer, hidden_states, residual)
 
@@ -79,7 +79,8 @@ def _hook(layer: torch.nn.Module, index: int) -> None:
     at_residual = names.index("residual") if "residual" in names else len(names)
 
     def show(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and current.plan is None:
+        plan = current.plan
+        if not (torch.compiler.is_compiling() or (plan is not None and plan.watches_residual)):
             return
         hidden = args[at_hidden] if at_hidden < len(args) else kwargs["hidden_states"]
         residual = args[at_residual] if at_residual < len(args) else kwargs.get("residual")

@@ -105,6 +105,11 @@ class StepPlan(ABC):
     def attends(self, layer: int) -> bool:
         """Whether attention weights are edited, or sinks tagged, at a layer in this step."""
 
+    @property
+    @abstractmethod
+    def watches_residual(self) -> bool:
+        """Whether this step edits or observes the residual stream anywhere."""
+
     @abstractmethod
     def edit_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
