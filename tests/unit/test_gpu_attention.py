@@ -333,3 +333,14 @@ def cache_of(content: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def test_caches_that_the_kernels_read(cache, readable):
     reason = unsupported_cache(layer_of(make_impl(), cache))
     assert reason is None if readable else str(tuple(cache.shape)) in reason
+
+
+@pytest.mark.parametrize(
+    ("version", "schedule", "may"), [(2, None, True), (3, None, False), (3, object(), True)]
+)
+def test_flash_attention_is_told_other_lengths_only_where_nobody_else_notices(
+    version, schedule, may
+):
+    impl = SimpleNamespace(vllm_flash_attn_version=version)
+    metadata = SimpleNamespace(scheduler_metadata=schedule)
+    assert gpu_attention._flash_may_pretend(impl, metadata) is may

@@ -45,7 +45,7 @@ def payload(name: str, *methods: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoded(name: str, program: SteeringProgram) -> dict[str, Any]:
-    facts = encode_facts(PromptFacts(PROMPT_LEN, IMAGE))
+    facts = encode_facts(PromptFacts(PROMPT_LEN, image_spans=IMAGE, image_tokens=IMAGE))
     return {"report_id": name, **encode_program(program), "facts": facts}
 
 
@@ -74,6 +74,7 @@ class Worker:
         for layer in range(GEOMETRY.num_layers):
             slots = len(self.batch.cache) * SHAPE["block_size"]
             self.planner.bind_cache(layer, slots, self.slot_mapping)
+            self.planner.sink_tags[layer].copy_(self.batch.slot_tags)
 
     def schedule(self, names: list[str]) -> GpuStepPlan | None:
         """Fill vLLM's buffers with one row a request, and plan the step."""
@@ -202,7 +203,7 @@ def test_a_captured_launch_does_what_each_later_step_says():
     for name in "abcd":
         ours, theirs = worker.state.pop_report(name), eager.state.pop_report(name)
         assert ours is not None and ours == theirs
-        assert name != "a" or ours.readings["considered"] > 0
+        assert name != "a" or (ours.readings["met"] and ours.readings["masses"])
 
 
 class OnlyViews(TorchDispatchMode):
@@ -289,19 +290,22 @@ def test_an_edit_that_neither_ran_nor_was_replayed_is_missed():
 
 
 def test_a_preempted_request_comes_back_as_it_was():
-    worker = Worker()
+    """It keeps what was read: three steps with two preemptions count as three without."""
+    worker, undisturbed = Worker(), Worker()
     add_all(worker)
-    plan = worker.schedule(["a", "b"])
-    assert plan is not None
-    worker.run(plan)
-    worker.state.close_step(plan)
-    worker.state.preempt(["a", "nobody"])
-    assert worker.schedule(["b"]) is not None
-    worker.state.add("a", payload("a", VAR))
-    plan = worker.schedule(["a", "b"])
-    assert plan is not None
-    worker.run(plan)
-    worker.state.close_step(plan)
+    add_all(undisturbed)
+    for step in range(3):
+        for each in (worker, undisturbed):
+            plan = each.schedule(["a", "b"])
+            assert plan is not None
+            each.run(plan)
+            each.state.close_step(plan)
+        if step < 2:
+            worker.state.preempt(["a", "nobody"])
+            assert worker.schedule(["b"]) is not None
+            worker.state.add("a", payload("a", VAR))
     report = worker.state.pop_report("a")
     assert report is not None and report.sequences == 1
-    assert report.positions_edited == 2 and report.readings["considered"] == 2 * 2 * 4
+    assert report.positions_edited == 3 and report.readings["considered"] == 3 * 2 * 4
+    assert report == undisturbed.state.pop_report("a")
+    assert report.readings["masses"]
