@@ -14,19 +14,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed import get_tp_group
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from headway.server.engine import attention, cpu_attention, layer_boundary
 from headway.server.engine.cpu_plan import CpuPlanner
-from headway.server.engine.geometry import geometry_of
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
 from headway.server.engine.worker_rpc import SteeringRpc
+from headway.server.engine.worker_tables import worker_tables
 
 
 class SteeringCPUModelRunner(CPUModelRunner):
@@ -36,18 +35,8 @@ class SteeringCPUModelRunner(CPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        geometry = geometry_of(self.vllm_config)
-        layers = self.model_config.get_layers_start_end_indices(self.parallel_config)
-        group = get_tp_group()
-        tables = SlotTables(
-            geometry,
-            max_num_seqs=self.scheduler_config.max_num_seqs,
-            max_len=self.model_config.max_model_len,
-            layers=range(*layers),
-            rank=group.rank_in_group,
-            world_size=group.world_size,
-        )
-        self.steering = SteeringState(geometry, CpuPlanner(tables))
+        tables = worker_tables(SlotTables, self.vllm_config)
+        self.steering = SteeringState(tables.geometry, CpuPlanner(tables))
         context = self.vllm_config.compilation_config.static_forward_context
         layer_boundary.install(self.model, attention.decoder_layers(context))
 

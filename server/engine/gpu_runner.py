@@ -18,14 +18,12 @@ import logging
 from typing import Any
 
 import torch
-from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu import model_states
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
 from headway.server.engine.config import captures_residual, unsupported_attention
-from headway.server.engine.geometry import geometry_of
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
 from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
@@ -34,6 +32,7 @@ from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
+from headway.server.engine.worker_tables import worker_tables
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +46,16 @@ class SteeringModelRunner:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         model_states.resolve_model_state_cls = _steering_model_state
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        geometry = geometry_of(self.vllm_config)
         context = self.vllm_config.compilation_config.static_forward_context
         layers = decoder_layers(context)
         edits = unsupported_attention(self.vllm_config) is None
         for name, layer in layers.items():
             if reason := unsupported_layer(layer, edits):
                 raise ValueError(f"Headway cannot steer layer {name}: {reason}")
+        tables = worker_tables(GpuTables, self.vllm_config, self.device)
+        geometry = tables.geometry
         if len(geometry.sink_dims) > MAX_SINK_DIMS:
             raise ValueError(f"a sinks profile may have {MAX_SINK_DIMS} dimensions at most")
-        group = get_tp_group()
-        stage = self.model_config.get_layers_start_end_indices(self.parallel_config)
-        tables = GpuTables(
-            geometry,
-            max_num_seqs=self.scheduler_config.max_num_seqs,
-            max_len=self.model_config.max_model_len,
-            layers=range(*stage),
-            rank=group.rank_in_group,
-            world_size=group.world_size,
-            device=self.device,
-        )
         self.planner = GpuPlanner(
             tables,
             self.max_num_tokens,
