@@ -22,6 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from headway.kernels.occupancy import LIMITS, WARP_SIZE, occupancy
 from headway.kernels.sass import inspect_cubin
 from headway.kernels.triton.specialisation import Specialisation
@@ -137,6 +139,14 @@ def compile_all(
     for variant in variants:
         for arch in archs:
             yield compile_one(variant, arch)
+
+
+def compile_with_progress(
+    variants: Sequence[Specialisation], archs: Sequence[int]
+) -> list[Compiled]:
+    """All of them, with a bar on stderr: without Triton's cache each takes seconds."""
+    total = len(variants) * len(archs)
+    return list(tqdm(compile_all(variants, archs), total=total, unit="variant", leave=False))
 
 
 def compile_one(variant: Specialisation, arch: int) -> Compiled:
@@ -260,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         variants = list(specialisations(args.kernel, args.match))
-        rows = list(compile_all(variants, args.arch or tuple(LIMITS)))
+        rows = compile_with_progress(variants, args.arch or tuple(LIMITS))
     except AotError as error:
         print(f"headway.kernels.aot: error: {error}", file=sys.stderr)
         return 2

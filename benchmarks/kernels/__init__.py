@@ -91,7 +91,7 @@ def _static(args: argparse.Namespace) -> int:
 
     try:
         variants = list(aot.specialisations(args.kernel, args.match))
-        rows = list(aot.compile_all(variants, args.arch or tuple(LIMITS)))
+        rows = aot.compile_with_progress(variants, args.arch or tuple(LIMITS))
     except aot.AotError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,10 @@ from headway.server.engine.readings import CLASSES, RequestReadings
 SUMS = len(Mass)
 """Columns that are added up; the next hold the masses of the last row."""
 
+MAX_KEPT = 256
+"""Most requests whose readings stay on the device after they left the batch; beyond it, which only
+reports that nobody asks for bring about, the host fetches the oldest."""
+
 
 class GpuReadings:
     """buffer: float32 [layers of this stage, max_num_seqs, local heads, NUM_READINGS]."""
@@ -26,6 +30,7 @@ class GpuReadings:
         shape = len(tables.layers), tables.max_num_seqs, tables.local_heads, NUM_READINGS
         self.buffer = torch.zeros(shape, device=device)
         self._rows: dict[int, tuple[int, RequestReadings]] = {}
+        self._kept: list[RequestReadings] = []
         self._free = list(range(tables.max_num_seqs - 1, -1, -1))
 
     def row_of(self, readings: RequestReadings) -> int:
@@ -46,10 +51,17 @@ class GpuReadings:
             part = self.buffer[:, found[0]].clone()
             readings.parts[:] = [_joined(readings.parts[0], part) if readings.parts else part]
             self._free.append(found[0])
+            self._kept.append(readings)
+            while len(self._kept) > MAX_KEPT:
+                self._settle(self._kept.pop(0))
 
     def fetch(self, readings: RequestReadings) -> None:
         """Bring a request's readings to the host, which waits for the device; for reports only."""
         self.release(readings)
+        self._kept = [each for each in self._kept if each is not readings]
+        self._settle(readings)
+
+    def _settle(self, readings: RequestReadings) -> None:
         for part in readings.parts:
             self._add(part.double().cpu().numpy(), readings)
         readings.parts.clear()

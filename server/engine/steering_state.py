@@ -60,15 +60,16 @@ class SteeringState:
     def add(self, request_id: str, payload: dict[str, Any]) -> None:
         """A new request (or a new turn of a resumable one) with an encoded program.
 
-        One that was preempted comes back as it was.
+        One that was preempted comes back with what was counted and read so far.
         """
         if request_id in self._preempted:
             self._preempted.discard(request_id)
-            return
-        self.remove([request_id])
-        request = SteeredRequest(str(payload.get("report_id") or request_id))
-        self._report(request).sequences += 1
-        self.requests[request_id] = request
+            request = self.requests[request_id]
+        else:
+            self.remove([request_id])
+            request = SteeredRequest(str(payload.get("report_id") or request_id))
+            self._report(request).sequences += 1
+            self.requests[request_id] = request
         with self.guard("decode", [request_id]):
             request.prepare(payload, self.geometry, self.tables.layers, self.artifacts)
 

@@ -140,6 +140,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert "Using V2 Model Runner" in done.stdout + done.stderr
+    assert "not warmed up" not in done.stdout + done.stderr
     print(done.stdout[-2000:])
     return dict(zip(cases, pickle.loads((folder / "done").read_bytes()), strict=True))
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from headway.server.engine import gpu_buffers, gpu_plan
+from headway.server.engine import gpu_buffers, gpu_plan, gpu_readings
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
 from headway.server.engine.gpu_tables import GpuTables
 from headway.server.engine.steering_state import SteeringState
@@ -309,3 +309,22 @@ def test_a_preempted_request_comes_back_as_it_was():
     assert report.positions_edited == 3 and report.readings["considered"] == 3 * 2 * 4
     assert report == undisturbed.state.pop_report("a")
     assert report.readings["masses"]
+
+
+def test_readings_that_nobody_asks_for_leave_the_device(monkeypatch):
+    """With room for one: the first request's are brought to the host when the second ends."""
+    monkeypatch.setattr(gpu_readings, "MAX_KEPT", 1)
+    worker = Worker()
+    for name in "ab":
+        worker.state.add(name, payload(name, VAR))
+    plan = worker.schedule(["a", "b"])
+    assert plan is not None
+    worker.run(plan)
+    worker.state.close_step(plan)
+    kept = [worker.state.readings[name] for name in "ab"]
+    worker.state.remove(["a", "b"])
+    assert not kept[0].parts and kept[0].last is not None
+    assert kept[1].parts and kept[1].last is None
+    for name in "ab":
+        report = worker.state.pop_report(name)
+        assert report is not None and report.readings["masses"]
