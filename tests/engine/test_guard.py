@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from headway.server.engine import attention_layout, cpu_plan, slots, steering_state
+from headway.server.engine import attention_layout, cpu_plan, slots, steered_request
 from tests.engine.harness import Job, program
 from tests.engine.offline import run_offline
 
@@ -39,7 +39,7 @@ def fail_in_kernel(monkeypatch) -> None:
 
 
 def fail_in_decode(monkeypatch) -> None:
-    original = steering_state.decode_program
+    original = steered_request.decode_program
 
     def decode_program(wire, geometry):
         program = original(wire, geometry)
@@ -47,16 +47,16 @@ def fail_in_decode(monkeypatch) -> None:
             raise KeyError("injected")
         return program
 
-    monkeypatch.setattr(steering_state, "decode_program", decode_program)
+    monkeypatch.setattr(steered_request, "decode_program", decode_program)
 
 
 def fail_in_upload(monkeypatch) -> None:
     original = slots.SlotTables.acquire
 
-    def acquire(self, words):
+    def acquire(self, words, parts):
         if (words.table == BAD_ALPHA).any():
             raise RuntimeError("injected")
-        return original(self, words)
+        return original(self, words, parts)
 
     monkeypatch.setattr(slots.SlotTables, "acquire", acquire)
 
