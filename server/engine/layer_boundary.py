@@ -71,6 +71,10 @@ def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> None:
         _hook(modules[".".join(path[: path.index(str(index)) + 1])], index)
 
 
+def _watched() -> bool:
+    return current.plan is not None and current.plan.watches_residual
+
+
 def _hook(layer: torch.nn.Module, index: int) -> None:
     names = list(inspect.signature(layer.forward).parameters)
     if "hidden_states" not in names or layer in _HOOKED:
@@ -79,8 +83,8 @@ def _hook(layer: torch.nn.Module, index: int) -> None:
     at_residual = names.index("residual") if "residual" in names else len(names)
 
     def show(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plan = current.plan
-        if not (torch.compiler.is_compiling() or (plan is not None and plan.watches_residual)):
+        # A compiler must not see the plan, or it would guard on it.
+        if not torch.compiler.is_compiling() and not _watched():
             return
         hidden = args[at_hidden] if at_hidden < len(args) else kwargs["hidden_states"]
         residual = args[at_residual] if at_residual < len(args) else kwargs.get("residual")
