@@ -8,6 +8,7 @@ programs compose; the engine knows programs only.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -64,6 +65,11 @@ class ResidualEdit:
     strength: float
     scope: QueryScope = QueryScope.FROM_LAST_PROMPT_TOKEN
     cluster: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a strength that is not finite."""
+        if not math.isfinite(self.strength):
+            raise ValueError(f"a residual edit of strength {self.strength}")
 
 
 @dataclass(frozen=True)

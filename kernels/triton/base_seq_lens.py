@@ -18,7 +18,7 @@ from headway.kernels.triton.specialisation import Specialisation
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def base_seq_lens_kernel(
     pretended: tl.tensor,
     seq_lens: tl.tensor,

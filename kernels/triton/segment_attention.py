@@ -141,7 +141,6 @@ def segment_attention(
     one_row = rows.max_query_len == 1
     tiles = tiles_of(head_size, group, query.dtype, one_row, moves)
     block_q = tiles.block_m // group
-    one_tile = rows.max_query_len <= block_q
     if num_splits > 1 and not (one_row and workspace and num_reqs <= workspace.max_reqs):
         raise ValueError("splits are for one row a request, within the workspace")
     partial, stats = (workspace.partial, workspace.stats) if workspace else (None, None)
@@ -155,7 +154,7 @@ def segment_attention(
         "NUM_SPLITS": num_splits,
         "MOVES": moves,
     }
-    num_tiles = num_reqs if one_tile else num_tokens // block_q + num_reqs
+    num_tiles = num_reqs if one_row else num_tokens // block_q + num_reqs
     segment_kernel[num_tiles, num_kv_heads, num_splits](
         query,
         kv_cache,
@@ -189,7 +188,7 @@ def segment_attention(
         BLOCK_Q=block_q,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        ONE_TILE=one_tile,
+        ONE_TILE=one_row,
         SOFT_CAP=soft_cap > 0,
         SLIDING=sliding_window > 0,
         num_warps=tiles.num_warps,

@@ -100,10 +100,14 @@ def layer_index(layer_name: str) -> int:
     return extract_layer_index(layer_name)
 
 
-def decoder_layers(context: dict[str, Any]) -> dict[str, Any]:
-    """Of vLLM's `static_forward_context`: layer name -> attention layer of the decoder."""
+def decoder_layers(context: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """Of vLLM's `static_forward_context`: layer name -> attention layer of this model's decoder.
+
+    The context also has the layers of a draft model.
+    """
+    own = set(model.modules())
     return {
         name: module
         for name, module in context.items()
-        if getattr(module, "attn_type", None) == AttentionType.DECODER
+        if getattr(module, "attn_type", None) == AttentionType.DECODER and module in own
     }

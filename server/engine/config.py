@@ -54,6 +54,8 @@ def unsupported_request(vllm_config: Any) -> str | None:
         return "steering together with context parallelism is not supported"
     if getattr(parallel, "use_ubatching", False):
         return "steering together with dual batch overlap is not supported"
+    if getattr(getattr(vllm_config, "cache_config", None), "kv_sharing_fast_prefill", False):
+        return "steering together with fast prefill of layers that share keys is not supported"
     return None
 
 

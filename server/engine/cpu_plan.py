@@ -245,5 +245,8 @@ class CpuPlanner:
         """A slot or a row of tags was taken or given back."""
         self._layout = None
 
+    def reserve(self, readings: RequestReadings) -> None:
+        """What is read goes to the host at once."""
+
     def release(self, readings: RequestReadings) -> None:
         """A request that reads leaves the batch: its readings are on the host already."""

@@ -38,7 +38,7 @@ class SteeringCPUModelRunner(CPUModelRunner):
         tables = worker_tables(SlotTables, self.vllm_config)
         self.steering = SteeringState(tables.geometry, CpuPlanner(tables))
         context = self.vllm_config.compilation_config.static_forward_context
-        layer_boundary.install(self.model, attention.decoder_layers(context))
+        layer_boundary.install(self.model, attention.decoder_layers(context, self.model))
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)

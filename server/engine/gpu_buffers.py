@@ -14,7 +14,7 @@ import torch
 from headway.server.engine.gpu_tables import GpuTables, upload
 from headway.server.engine.step_plan import Scheduled
 
-MAX_SINK_DIMS = 16
+MAX_SINK_DIMS = 64
 """Most dimensions that a rule for sinks may look at."""
 
 

@@ -106,6 +106,8 @@ class GpuStepPlan(StepPlan):
         def edited() -> list[str]:
             return self._users_of(self.tables.attends, layer)
 
+        if self.capturing and layer == min(self.planner.sink_tags):
+            self._told_base = False  # another graph begins
         lens = None
         with self._attempt(edited):
             lens = self._base_seq_lens(layer, call)
@@ -161,7 +163,7 @@ class GpuStepPlan(StepPlan):
         buffers, row = self.planner.buffers, self.planner.tables.row_of(layer)
         if not call.base_takes_seq_lens:
             return None
-        if not self._told_base or (self.capturing and row == 0):
+        if not self._told_base:
             base_seq_lens_(
                 buffers.base_seq_lens, call.seq_lens, call.query_start_loc, buffers.replaced
             )
@@ -274,6 +276,10 @@ class GpuPlanner:
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""
         self._loaded = None
+
+    def reserve(self, readings: RequestReadings) -> None:
+        """Make room for what a request reads. Raises RuntimeError if there is none."""
+        self.readings.row_of(readings)
 
     def release(self, readings: RequestReadings) -> None:
         """A request that reads leaves the batch."""

@@ -51,7 +51,7 @@ class GpuReadings:
             part = self.buffer[:, found[0]].clone()
             readings.parts[:] = [_joined(readings.parts[0], part) if readings.parts else part]
             self._free.append(found[0])
-            self._kept.append(readings)
+            self._kept = [each for each in self._kept if each is not readings] + [readings]
             while len(self._kept) > MAX_KEPT:
                 self._settle(self._kept.pop(0))
 

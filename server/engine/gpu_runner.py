@@ -23,7 +23,12 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
-from headway.server.engine.config import captures_residual, unsupported_attention
+from headway.server.engine.config import (
+    captures_residual,
+    unsupported_attention,
+    unsupported_request,
+    unsupported_residual,
+)
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
 from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
@@ -47,7 +52,7 @@ class SteeringModelRunner:
         model_states.resolve_model_state_cls = _steering_model_state
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         context = self.vllm_config.compilation_config.static_forward_context
-        layers = decoder_layers(context)
+        layers = decoder_layers(context, self.model)
         edits = unsupported_attention(self.vllm_config) is None
         for name, layer in layers.items():
             if reason := unsupported_layer(layer, edits):
@@ -66,7 +71,8 @@ class SteeringModelRunner:
             captures_residual=captures_residual(self.vllm_config),
         )
         self.steering = SteeringState(geometry, self.planner)
-        layer_boundary.install(self.model, layers)
+        if self.planner.can_tag or unsupported_residual(self.vllm_config) is None:
+            layer_boundary.install(self.model, layers)
         self.model_state.headway = self
 
     def finish_requests(self: Any, scheduler_output: Any) -> None:
@@ -110,6 +116,8 @@ class SteeringModelRunner:
 
         Decode steps of a captured graph are compiled when it is captured.
         """
+        if unsupported_request(self.vllm_config) is not None:
+            return
         rows = min(2 * self.max_num_reqs, self.max_num_tokens)
         try:
             for moves in (True, False):
@@ -123,7 +131,9 @@ class SteeringModelRunner:
             current.plan = None
 
     def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        current.plan = self.planner.captured
+        # Where no request can be steered the graphs are vLLM's own.
+        if unsupported_request(self.vllm_config) is None:
+            current.plan = self.planner.captured
         try:
             return super().capture_model(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -152,14 +162,16 @@ class _ModelState:
     def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
         super().preprocess_state(input_batch, *args, **kwargs)  # type: ignore[misc]
         steering: SteeringState = self.headway.steering
+        current.plan = None
         with steering.guard("plan"):
             current.plan = steering.plan_step(
                 input_batch.req_ids,
                 input_batch.num_scheduled_tokens,
                 input_batch.num_computed_tokens_np,
             )
-            if current.plan is None:
-                self.headway.planner.idle()
+        if current.plan is None:
+            # Also after a failure: a graph must not be replayed over the tables of the last step.
+            self.headway.planner.idle()
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)  # type: ignore[misc]
@@ -171,7 +183,8 @@ class _ModelState:
 
 def _bind_caches(runner: Any, block_tables: Any) -> None:
     """Tell the planner where the decoder's layers have their keys. Raises ValueError."""
-    layers = decoder_layers(runner.vllm_config.compilation_config.static_forward_context)
+    context = runner.vllm_config.compilation_config.static_forward_context
+    layers = decoder_layers(context, runner.model)
     for group in (group for groups in runner.attn_groups for group in groups):
         if group.kernel_block_stride:
             raise ValueError("Headway cannot steer with a KV cache packed across layers")

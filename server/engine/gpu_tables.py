@@ -40,6 +40,8 @@ class GpuTables(SlotTables):
     MAX_CLUSTERS, hidden_size]; probe_bias: float32 [MAX_VECTORS, MAX_CLUSTERS].
     """
 
+    max_clusters = MAX_CLUSTERS
+
     def _allocate(self, device: str | torch.device) -> None:
         shape = len(self.layers), self.capacity, self.local_heads
         self.head_words = torch.zeros(*shape, len(HeadField), device=device)
@@ -107,8 +109,6 @@ class GpuTables(SlotTables):
         """Where the vectors of a part are; uploads them if they are not there."""
         row = self._vectors.get(part.key)
         if row is None:
-            if part.artifact.num_clusters > MAX_CLUSTERS:
-                raise ValueError(f"{part.artifact.num_clusters} directions, not {MAX_CLUSTERS}")
             unused = (row for row, users in enumerate(self._users) if not users)
             row = next(unused, None)
             if row is None:

@@ -65,6 +65,8 @@ def enable(vllm_config: Any) -> None:
     check_profiles(vllm_config)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = _replace(parallel.worker_cls, WORKERS, "worker")
+    if parallel.worker_cls == GPU_WORKER and vllm_config.model_config.enable_sleep_mode:
+        raise ValueError("Headway cannot steer an engine with sleep mode: its tables would be lost")
     if parallel.worker_cls == GPU_WORKER and not uses_gpu_runner(vllm_config):
         raise ValueError(
             "on GPU Headway steers with vLLM's V2 model runner, and vLLM chose V1: because of "

@@ -65,6 +65,9 @@ class SlotTables:
         edit attention weights, and those that do on a condition.
     """
 
+    max_clusters: int | None = None
+    """Most directions of an artefact, None for any number."""
+
     def __init__(
         self,
         geometry: ModelGeometry,

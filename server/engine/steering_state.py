@@ -71,7 +71,10 @@ class SteeringState:
             self._report(request).sequences += 1
             self.requests[request_id] = request
         with self.guard("decode", [request_id]):
-            request.prepare(payload, self.geometry, self.tables.layers, self.artifacts)
+            # One that comes back goes on with the artefacts that it had.
+            known = {part.artifact.digest: part.artifact for part in request.parts}
+            artifacts = {**known, **self.artifacts}
+            request.prepare(payload, self.geometry, self.tables.layers, artifacts)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended; their reports stay until asked for."""
@@ -207,6 +210,7 @@ class SteeringState:
                 mass_rows += run.stop - run.start
                 outputs_from = max(facts.prompt_len - run.start, 0)
                 kept = self._readings(request)
+                self.planner.reserve(kept)
                 kept.outputs += max(run.stop - run.start - outputs_from, 0)
                 readings.append((span, kept, outputs_from))
         if request.sink_layers is not None and each.position < facts.prompt_len:
@@ -257,7 +261,9 @@ class SteeringState:
         report = self.reports.setdefault(request.report_id, EngineReport())
         while len(self.reports) > MAX_REPORTS:
             forgotten, _ = self.reports.popitem(last=False)
-            self.readings.pop(forgotten, None)
+            readings = self.readings.pop(forgotten, None)
+            if readings is not None:
+                self.planner.release(readings)
         return report
 
     def _fail(self, request_id: str, stage: str, error: Exception) -> None:

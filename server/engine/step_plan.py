@@ -177,6 +177,9 @@ class Planner(Protocol):
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""
 
+    def reserve(self, readings: RequestReadings) -> None:
+        """Make room for what a request reads. Raises RuntimeError if there is none."""
+
     def release(self, readings: RequestReadings) -> None:
         """A request that reads leaves the batch; it may come back."""
 

@@ -20,9 +20,12 @@ class SteeringRpc:
     def headway_load_artifact(self, wire: dict[str, Any]) -> str:
         """Keep an artefact for residual edits (see `encode_artifact`); returns its digest.
 
-        Raises ValueError or KeyError if it is damaged.
+        Raises ValueError or KeyError if it is damaged, or has more directions than there is room.
         """
         artifact = decode_artifact(wire)
+        most = self.model_runner.steering.tables.max_clusters
+        if most is not None and artifact.num_clusters > most:
+            raise ValueError(f"{artifact.num_clusters} directions; at most {most} fit")
         self.model_runner.steering.artifacts[artifact.digest] = artifact
         return artifact.digest
 

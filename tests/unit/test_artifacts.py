@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from headway.server.engine.worker_rpc import SteeringRpc
 from headway.steering.artifacts import ResidualArtifact, decode_artifact, encode_artifact
+from headway.steering.program import ResidualEdit
 from tests.residual import drawn_artifact
 
 pytestmark = pytest.mark.unit
@@ -61,3 +65,19 @@ def test_one_direction_needs_no_probe():
     direction = np.arange(4, dtype=np.float32)
     artifact = ResidualArtifact.constant(direction)
     assert artifact.num_clusters == 1 and (artifact.directions[0] == direction).all()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(strength):
+    with pytest.raises(ValueError, match="strength"):
+        ResidualEdit(1, "0" * 64, strength)
+
+
+def test_more_directions_than_a_worker_has_room_for_are_refused():
+    worker = SteeringRpc()
+    tables = SimpleNamespace(max_clusters=4)
+    worker.model_runner = SimpleNamespace(steering=SimpleNamespace(artifacts={}, tables=tables))
+    worker.headway_load_artifact(encode_artifact(drawn_artifact(1, 8, 4)))
+    with pytest.raises(ValueError, match="5 directions; at most 4"):
+        worker.headway_load_artifact(encode_artifact(drawn_artifact(1, 8, 5)))
+    assert len(worker.model_runner.steering.artifacts) == 1

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from headway.server.engine import gpu_buffers, gpu_plan, gpu_readings
+from headway.server.engine import gpu_buffers, gpu_plan, gpu_readings, steering_state
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
 from headway.server.engine.gpu_tables import GpuTables
 from headway.server.engine.steering_state import SteeringState
@@ -328,3 +328,38 @@ def test_readings_that_nobody_asks_for_leave_the_device(monkeypatch):
     for name in "ab":
         report = worker.state.pop_report(name)
         assert report is not None and report.readings["masses"]
+
+
+def test_a_request_without_room_for_its_readings_fails_alone():
+    worker = Worker()
+    worker.planner.readings._free.clear()
+    add_all(worker)
+    plan = worker.schedule(["a", "d", "x"])
+    assert plan is not None and [span.request_id for span in plan.spans] == ["d"]
+    worker.run(plan)
+    worker.state.close_step(plan)
+    assert worker.state.take_failed() == ("a",)
+
+
+def test_a_report_that_is_forgotten_gives_its_readings_back(monkeypatch):
+    monkeypatch.setattr(steering_state, "MAX_REPORTS", 1)
+    worker = Worker()
+    free = len(worker.planner.readings._free)
+    worker.state.add("a", payload("a", VAR))
+    assert worker.schedule(["a", "x"]) is not None
+    assert len(worker.planner.readings._free) == free - 1
+    worker.state.add("d", encoded("d", ADDED))
+    assert len(worker.planner.readings._free) == free
+
+
+def test_a_request_that_comes_back_keeps_its_artefact():
+    worker = Worker()
+    worker.state.add("d", encoded("d", ADDED))
+    assert worker.schedule(["d", "x"]) is not None
+    worker.state.preempt(["d"])
+    worker.state.artifacts.clear()
+    worker.state.add("d", encoded("d", ADDED))
+    plan = worker.schedule(["d", "x"])
+    assert plan is not None and plan.spans
+    worker.state.add("e", encoded("e", ADDED))
+    assert worker.state.take_failed() == ("e",)

@@ -33,6 +33,7 @@ def configuration(worker=CPU_WORKER, scheduler="vllm.v1.core.sched.scheduler.Sch
         "is_attention_free": False,
         "is_hybrid": False,
         "use_mla": False,
+        "enable_sleep_mode": False,
         "model_arch_config": SimpleNamespace(per_layer_overrides=None),
         **model,
     }
@@ -78,6 +79,7 @@ def test_on_gpu_the_worker_is_that_of_the_v2_runner():
     [
         ({"worker": "vllm.v1.worker.xpu_worker.XPUWorker"}, "worker vllm.v1.worker.xpu_worker"),
         ({"worker": GPU_WORKER}, "V2 model runner, and vLLM chose V1"),
+        ({"worker": GPU_WORKER, "enable_sleep_mode": True}, "sleep mode"),
         ({"scheduler": "mine.Scheduler"}, "scheduler mine.Scheduler"),
         ({"runner_type": "pooling"}, "pooling"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
