@@ -85,7 +85,7 @@ def tiles_of(head_size: int, group: int, dtype: torch.dtype, one_row: bool, move
     half = dtype is not torch.float32
     block_n = 64 if one_row and pad <= 64 and half else 32
     num_warps = 8 if pad > 128 or (pad > 64 and not half) else 4
-    num_stages = 3 if one_row and not moves else 2
+    num_stages = 3 if one_row and not moves and pad <= 128 else 2
     return Tiles(max(block_m, triton.next_power_of_2(group)), block_n, num_warps, num_stages)
 
 
