@@ -68,13 +68,8 @@ def sink_profile(geometry: ModelGeometry) -> SinkProfile:
     They are no finding about the model, and nothing was measured.
     """
     nothing = (0.0,) * geometry.num_layers
-    return SinkProfile(
-        kind="sinks",
-        version=1,
-        fingerprint=geometry.fingerprint,
-        architecture=geometry.architecture,
-        hidden_size=geometry.hidden_size,
-        num_layers=geometry.num_layers,
+    return SinkProfile.of(
+        geometry,
         dims=SINK_DIMS,
         tau=TAU,
         num_prompts=0,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -113,6 +113,19 @@ class SinkProfile(StrictModel):
     num_tokens: Count
     sink_tokens: Count
     measurements: tuple[DimMeasurement, ...]
+
+    @classmethod
+    def of(cls, geometry: ModelGeometry, **found: Any) -> SinkProfile:
+        """A profile of the model of `geometry`; found: the fields from `dims` on."""
+        return cls(
+            kind="sinks",
+            version=1,
+            fingerprint=geometry.fingerprint,
+            architecture=geometry.architecture,
+            hidden_size=geometry.hidden_size,
+            num_layers=geometry.num_layers,
+            **found,
+        )
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON. Raises OSError."""

@@ -86,13 +86,8 @@ def make_profile(
         raise ValueError("no prompt has more than one token")
     other = others.median(dim=1).values
     is_sink = torch.cat([(prompt >= tau).any(dim=0) for prompt in phi])
-    return SinkProfile(
-        kind="sinks",
-        version=1,
-        fingerprint=geometry.fingerprint,
-        architecture=geometry.architecture,
-        hidden_size=geometry.hidden_size,
-        num_layers=geometry.num_layers,
+    return SinkProfile.of(
+        geometry,
         dims=tuple(dims),
         tau=tau,
         num_prompts=len(phi),

@@ -15,7 +15,7 @@ from headway.server.engine.gpu_tables import GpuTables, upload
 from headway.server.engine.step_plan import Scheduled
 
 MAX_SINK_DIMS = 64
-"""Most dimensions that a rule for sinks may look at."""
+"""Most dimensions that a rule for sinks may look at: as many as a request may name."""
 
 
 class StepBuffers:

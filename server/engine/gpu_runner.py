@@ -30,7 +30,6 @@ from headway.server.engine.config import (
     unsupported_residual,
 )
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
-from headway.server.engine.gpu_buffers import MAX_SINK_DIMS
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
 from headway.server.engine.gpu_tables import GpuTables
 from headway.server.engine.request import EXTRA_ARG
@@ -59,8 +58,6 @@ class SteeringModelRunner:
                 raise ValueError(f"Headway cannot steer layer {name}: {reason}")
         tables = worker_tables(GpuTables, self.vllm_config, self.device)
         geometry = tables.geometry
-        if len(geometry.sink_dims) > MAX_SINK_DIMS:
-            raise ValueError(f"a sinks profile may have {MAX_SINK_DIMS} dimensions at most")
         self.planner = GpuPlanner(
             tables,
             self.max_num_tokens,
