@@ -22,11 +22,34 @@ def select_heads_reference(z: torch.Tensor, z_text: torch.Tensor, alpha: float) 
     z, z_text: [num_heads, head_size], any float dtype; the arithmetic is float32.
     alpha: scale of the selected heads.
     """
+    return torch.where(above_median(head_divergence(z, z_text)), float(alpha), 1.0)
+
+
+def head_divergence(z: torch.Tensor, z_text: torch.Tensor) -> torch.Tensor:
+    """VHD of every head, outliers set to zero: float32 [num_heads].
+
+    z, z_text: [num_heads, head_size], any float dtype; the arithmetic is float32.
+    """
+    return without_outliers(*head_statistics(z, z_text))
+
+
+def head_statistics(z: torch.Tensor, z_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """VHD, with outliers, and TA of every head, each float32 [num_heads].
+
+    A head's are its own: those of a layer may be found in several places and put together.
+    """
     text = z_text.float()
-    difference = (z.float() - text).norm(dim=-1)
-    activity = text.square().sum(dim=-1)
-    outlier = (difference > difference.mean() + difference.std()) & (
+    return (z.float() - text).norm(dim=-1), text.square().sum(dim=-1)
+
+
+def without_outliers(divergence: torch.Tensor, activity: torch.Tensor) -> torch.Tensor:
+    """VHD with outliers set to zero; divergence and activity: VHD and TA of all heads."""
+    outlier = (divergence > divergence.mean() + divergence.std()) & (
         activity > activity.mean() + activity.std()
     )
-    difference = torch.where(outlier, 0.0, difference)
-    return torch.where(difference > difference.median(), float(alpha), 1.0)
+    return torch.where(outlier, 0.0, divergence)
+
+
+def above_median(divergence: torch.Tensor) -> torch.Tensor:
+    """Which heads are selected by their VHD; divergence: [num_heads]. Returns bool [num_heads]."""
+    return divergence > divergence.median()

@@ -22,7 +22,9 @@ from headway.steering.schema import SteeringSpec
 Presets = Mapping[str, Sequence[dict[str, Any]]]
 """Preset name -> the `methods` list it stands for."""
 
-ENGINE_FEATURES = frozenset({Feature.HEAD_AFFINE, Feature.ATTENTION_EDIT, Feature.READOUT})
+ENGINE_FEATURES = frozenset(
+    {Feature.HEAD_AFFINE, Feature.HEAD_SELECTION, Feature.ATTENTION_EDIT, Feature.READOUT}
+)
 """What Headway's engine can do today."""
 
 
@@ -55,6 +57,7 @@ def compile_spec(
         marks=marked[0][1].marks if marked else (),
         marks_param=f"{marked[0][0]}.spans" if marked else "",
         image_param=next((where for where, _, part in parts if part.needs_image), ""),
+        head_selection=next((part.head_selection for _, _, part in parts if _selects(part)), None),
         readouts=_readouts(spec, edits),
         applied=tuple(_applied(name, part) for _, name, part in parts),
         warnings=tuple(warning for _, _, part in parts for warning in part.warnings),
@@ -86,6 +89,8 @@ def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
             if part.sink_rule and earlier.sink_rule and part.sink_rule != earlier.sink_rule:
                 message = f"{both} tell sinks by different dimensions or thresholds"
                 raise SteeringError(Reason.CONFLICT, message, path)
+            if _selects(part) and _selects(earlier):
+                raise SteeringError(Reason.CONFLICT, f"{both} both choose heads", path)
             if part.marks and earlier.marks and part.marks != earlier.marks:
                 message = f"{both} emphasise different spans; give all spans to one"
                 raise SteeringError(Reason.CONFLICT, message, path)
@@ -105,6 +110,10 @@ def compose(edits: Sequence[HeadEdit]) -> tuple[HeadEdit, ...]:
     return tuple(sorted(kept, key=lambda edit: edit.scope))
 
 
+def _selects(part: CompiledMethod) -> bool:
+    return part.head_selection is not None
+
+
 def _edits(part: CompiledMethod) -> bool:
     return not all(edit.words.is_identity for edit in part.head_edits)
 
@@ -116,9 +125,9 @@ def _readouts(spec: SteeringSpec, edits: Sequence[HeadEdit]) -> tuple[Readout, .
 
 def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
     layers = [edit.words.edits_attention.any(axis=-1) for edit in part.head_edits]
-    return AppliedMethod(
-        name, part.details, part.head_edits[0].scope, int(sum(each.sum() for each in layers))
-    )
+    scope = part.head_edits[0].scope if part.head_edits else QueryScope.ALL
+    attention_layers = int(sum(each.sum() for each in layers))
+    return AppliedMethod(name, part.details, scope, attention_layers, _selects(part))
 
 
 def _methods(

@@ -73,6 +73,20 @@ class ResidualEdit:
 
 
 @dataclass(frozen=True)
+class HeadSelection:
+    """Heads that the engine chooses by the prompt, then scales at all positions.
+
+    In each of the layers, ascending, those heads whose output at the last prompt position differs
+    most from that of the same prompt without its images; see `headway.kernels.head_selection`.
+    reinforce_baseline: whether the prompt without images has its heads scaled too.
+    """
+
+    layers: tuple[int, ...]
+    alpha: float
+    reinforce_baseline: bool = False
+
+
+@dataclass(frozen=True)
 class SamplingGate:
     """Refuse sampled candidates whose saliency falls short (SGRS); see METHODS for the rule."""
 
@@ -94,6 +108,7 @@ class Feature(StrEnum):
     """What a program needs from an engine; an engine states which of these it has."""
 
     HEAD_AFFINE = "head_affine"
+    HEAD_SELECTION = "head_selection"
     ATTENTION_EDIT = "attention_edit"
     RESIDUAL_EDIT = "residual_edit"
     SAMPLING_GATE = "sampling_gate"
@@ -105,12 +120,14 @@ class AppliedMethod:
     """What one method of the request really does, as reported back to the client.
 
     scope: the query positions it edits; attention_layers: layers whose attention weights it edits.
+    chooses_heads: whether its heads are known only once the engine has chosen them.
     """
 
     method: str
     details: dict[str, Any]
     scope: QueryScope = QueryScope.ALL
     attention_layers: int = 0
+    chooses_heads: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -127,6 +144,7 @@ class SteeringProgram:
     marks_param: str = ""  # where in the request they stand, for errors
     image_param: str = ""  # the first method that means nothing without an image, "" for none
     residual_edits: tuple[ResidualEdit, ...] = ()
+    head_selection: HeadSelection | None = None
     sampling_gate: SamplingGate | None = None
     readouts: tuple[Readout, ...] = ()
     applied: tuple[AppliedMethod, ...] = ()
@@ -139,14 +157,16 @@ class SteeringProgram:
         return (
             all(edit.words.is_identity for edit in self.head_edits)
             and not self.residual_edits
+            and self.head_selection is None
             and self.sampling_gate is None
         )
 
     @property
     def scopes(self) -> tuple[QueryScope, ...]:
-        """Of the head edits, then of the residual edits."""
-        heads = tuple(edit.scope for edit in self.head_edits)
-        return (*heads, *(edit.scope for edit in self.residual_edits))
+        """Of the head edits, then of the residual edits, then of the selection of heads."""
+        edits = (*self.head_edits, *self.residual_edits)
+        selection = () if self.head_selection is None else (QueryScope.ALL,)
+        return (*(edit.scope for edit in edits), *selection)
 
     def mentions(self, tag: KeyTag) -> bool:
         """Whether a key class of any edit asks for this tag."""
@@ -160,6 +180,8 @@ class SteeringProgram:
             needs.add(Feature.HEAD_AFFINE if edit.words.is_affine else Feature.ATTENTION_EDIT)
         if self.residual_edits:
             needs.add(Feature.RESIDUAL_EDIT)
+        if self.head_selection:
+            needs.add(Feature.HEAD_SELECTION)
         if self.sampling_gate:
             needs.add(Feature.SAMPLING_GATE)
         if self.readouts:
@@ -182,6 +204,8 @@ class SteeringProgram:
                 digest.update(np.ascontiguousarray(array + np.float32(0.0)).tobytes())
         rest = (self.sink_rule, self.marks, self.residual_edits, self.sampling_gate)
         digest.update(repr(rest).encode())
+        if self.head_selection is not None:
+            digest.update(repr(self.head_selection).encode())
         return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteeringProgram:

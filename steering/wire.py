@@ -16,6 +16,7 @@ from headway.steering.head_words import IDENTITY_WORD, HeadWords
 from headway.steering.positions import PromptFacts
 from headway.steering.program import (
     HeadEdit,
+    HeadSelection,
     QueryScope,
     Readout,
     ResidualEdit,
@@ -30,6 +31,7 @@ def encode_program(program: SteeringProgram) -> dict[str, Any]:
         "fingerprint": program.fingerprint,
         "head_edits": [_encode_edit(edit) for edit in program.head_edits],
         "residual_edits": [asdict(edit) for edit in program.residual_edits],
+        "head_selection": asdict(program.head_selection) if program.head_selection else None,
         "sink_rule": asdict(program.sink_rule) if program.sink_rule else None,
         "readouts": [str(readout) for readout in program.readouts],
     }
@@ -48,6 +50,7 @@ def decode_program(wire: dict[str, Any], geometry: ModelGeometry) -> SteeringPro
     return SteeringProgram(
         head_edits=tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"]),
         residual_edits=tuple(_decode_residual(edit, geometry) for edit in wire["residual_edits"]),
+        head_selection=_decode_selection(wire["head_selection"], geometry),
         sink_rule=rule,
         readouts=tuple(Readout(name) for name in wire["readouts"]),
     )
@@ -58,6 +61,15 @@ def _decode_residual(wire: dict[str, Any], geometry: ModelGeometry) -> ResidualE
     if not 0 <= edit.layer < geometry.num_layers:
         raise ValueError(f"a residual edit of layer {edit.layer} of {geometry.num_layers}")
     return edit
+
+
+def _decode_selection(wire: dict[str, Any] | None, geometry: ModelGeometry) -> HeadSelection | None:
+    if wire is None:
+        return None
+    layers = tuple(sorted(int(layer) for layer in wire["layers"]))
+    if not layers or not 0 <= layers[0] <= layers[-1] < geometry.num_layers:
+        raise ValueError(f"a selection of heads in layers {layers} of {geometry.num_layers}")
+    return HeadSelection(layers, float(wire["alpha"]), bool(wire["reinforce_baseline"]))
 
 
 def encode_facts(facts: PromptFacts) -> dict[str, Any]:

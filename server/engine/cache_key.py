@@ -12,6 +12,8 @@ the hash of a block covers everything that shaped the rows up to its end, and no
   with everyone; the block of the first touched row carries the program's fingerprint;
 - where rows depend on where the prompt ends (output scopes, classes made of output tokens, sinks,
   which only prompt tokens can be), the block of that row carries the prompt's length;
+- where heads are chosen by the prompt every row depends on all of it, images included, and the
+  first block carries its digest;
 - emphasised positions enter with the block they lie in.
 
 Unsteered requests get vLLM's own keys. So does the caller's `cache_salt`, which stays vLLM's.
@@ -19,6 +21,8 @@ Unsteered requests get vLLM's own keys. So does the caller's `cache_salt`, which
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -30,8 +34,16 @@ from headway.steering.program import QueryScope, SteeringProgram
 OUTPUT_SCOPES = (QueryScope.OUTPUT, QueryScope.FROM_LAST_PROMPT_TOKEN)
 
 
-def cache_keys(program: SteeringProgram, facts: PromptFacts) -> list[tuple[int, str]]:
-    """(position, key) for every position from which on blocks differ from those of others."""
+def prompt_digest(token_ids: Sequence[int], mm_hashes: Iterable[str]) -> str:
+    """Tells one prompt from others; mm_hashes: of its images, in order."""
+    return hashlib.sha256(repr((list(token_ids), list(mm_hashes))).encode()).hexdigest()
+
+
+def cache_keys(program: SteeringProgram, facts: PromptFacts, digest: str) -> list[tuple[int, str]]:
+    """(position, key) for every position from which on blocks differ from those of others.
+
+    digest: `prompt_digest` of the prompt.
+    """
     keys = []
     scopes = set(program.scopes)
     starts = [start for scope in scopes for start, _ in scope_ranges(scope, facts)]
@@ -40,6 +52,8 @@ def cache_keys(program: SteeringProgram, facts: PromptFacts) -> list[tuple[int, 
         # The tags that these requests write are part of what a block holds, from its first row.
         touched = 0
     keys.append((touched, program.fingerprint))
+    if program.head_selection is not None:
+        keys.append((touched, f"prompt={digest}"))
     if (
         scopes & set(OUTPUT_SCOPES)
         or program.sink_rule is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from headway.server.engine.report import EngineReport, merge_readings
+from headway.server.engine.report import EngineReport, merge_heads, merge_readings
 
 
 class SteeringClient:
@@ -56,4 +56,5 @@ def engine_report(workers: list[dict[str, Any] | None]) -> EngineReport | None:
     chosen = next(iter(failed or reports), None)
     if chosen is not None:
         chosen.readings = merge_readings([report.readings for report in reports])
+        chosen.heads = merge_heads(report.heads for report in reports)
     return chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from headway.kernels.head_affine import Rows, head_affine_
 from headway.kernels.residual_edit import residual_edit_
 from headway.server.engine.attention_layout import AttentionLayout
+from headway.server.engine.head_choice import Gather, choose_heads
 from headway.server.engine.readings import Readings, RequestReadings
 from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
 from headway.server.engine.slots import SlotTables
@@ -22,6 +24,11 @@ GATHER_LIMIT = 1 << 22
 """Largest number of scales gathered for all layers at once; beyond it, layer by layer."""
 
 Item = TypeVar("Item", Span, SinkRows)
+
+
+def identity(tensor: torch.Tensor) -> torch.Tensor:
+    """What a group of one gathers."""
+    return tensor
 
 
 @dataclass
@@ -157,9 +164,13 @@ class CpuStepPlan(StepPlan):
 
     def edit_head_outputs(self, layer: int, output: torch.Tensor) -> None:
         layout = self.layout
+        started = time.perf_counter()
+        if self.captures or self.choices:
+            self.choose_heads(layer, output.view(len(output), self.tables.local_heads, -1))
+            if layout.scale is not None and self.choices:
+                layout.scale[layer] = self.tables.scale[layer].index_select(0, layout.slots)
         if layer not in layout.layers:
             return
-        started = time.perf_counter()
         scale = None if layout.scale is None else layout.scale[layer]
         try:
             self._edit(
@@ -220,13 +231,14 @@ class CpuStepPlan(StepPlan):
 class CpuPlanner:
     """Plans the steps of a CPU worker."""
 
-    def __init__(self, tables: SlotTables) -> None:
+    def __init__(self, tables: SlotTables, gather: Gather = identity) -> None:
         self.tables = tables
         self.sink_tags = SinkTags()
+        self._scale = partial(choose_heads, own=tables.heads, gather=gather)
         self._layout: RowLayout | None = None
 
     def plan(self, step: Scheduled) -> CpuStepPlan:
-        """The plan of a step that has spans or sink rows."""
+        """The plan of a step that has something to do."""
         spans = tuple(step.spans)
         # In steady decode the batch does not change, and neither does its layout.
         if self._layout is None or self._layout.spans != spans:
@@ -239,6 +251,9 @@ class CpuPlanner:
             np.array(step.positions, dtype=np.int32),
             self.sink_tags,
             Readings(self.tables, step.readings, step.mass_rows) if step.readings else None,
+            captures=tuple(step.captures),
+            choices=tuple(step.choices),
+            scale=self._scale,
         )
 
     def changed(self) -> None:

@@ -25,7 +25,7 @@ from headway.server.engine.slots import SlotTables
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
 from headway.server.engine.worker_rpc import SteeringRpc
-from headway.server.engine.worker_tables import worker_tables
+from headway.server.engine.worker_tables import gather_heads, worker_tables
 
 
 class SteeringCPUModelRunner(CPUModelRunner):
@@ -36,7 +36,7 @@ class SteeringCPUModelRunner(CPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         tables = worker_tables(SlotTables, self.vllm_config)
-        self.steering = SteeringState(tables.geometry, CpuPlanner(tables))
+        self.steering = SteeringState(tables.geometry, CpuPlanner(tables, gather_heads))
         context = self.vllm_config.compilation_config.static_forward_context
         layer_boundary.install(self.model, attention.decoder_layers(context, self.model))
 

@@ -16,6 +16,7 @@ import torch
 
 from headway.kernels.triton.base_seq_lens import base_seq_lens_
 from headway.kernels.triton.head_affine import head_affine_
+from headway.kernels.triton.head_selection import select_heads_
 from headway.kernels.triton.residual_edit import residual_edit_
 from headway.kernels.triton.segment_attention import (
     Rows,
@@ -27,6 +28,7 @@ from headway.kernels.triton.sink_tags import tag_sinks_
 from headway.server.engine.gpu_buffers import StepBuffers
 from headway.server.engine.gpu_readings import GpuReadings
 from headway.server.engine.gpu_tables import GpuTables
+from headway.server.engine.head_choice import Gather, choose_heads
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.step_plan import AttentionCall, Scheduled, Span, StepPlan
 
@@ -119,9 +121,11 @@ class GpuStepPlan(StepPlan):
             base(None)  # every row gets its unedited attention
 
     def edit_head_outputs(self, layer: int, output: torch.Tensor) -> None:
+        tables = self.planner.tables
+        if self.captures or self.choices:
+            self.choose_heads(layer, output.view(len(output), tables.local_heads, -1))
         if not self.capturing and not self._affine[layer]:
             return
-        tables = self.planner.tables
         with self._attempt(lambda: self._users_of(tables.affine, layer)):
             heads = output.view(output.shape[0], tables.local_heads, -1)
             words = tables.head_words[tables.row_of(layer)]
@@ -210,7 +214,7 @@ class GpuPlanner:
     """Plans the steps of a GPU worker, and owns its buffers.
 
     num_sms: multiprocessors of the device. can_tag: whether sinks are tagged in CUDA graphs too;
-    captures_residual: whether CUDA graphs have residual edits.
+    captures_residual: whether CUDA graphs have residual edits. gather: over tensor-parallel ranks.
     sink_tags: layer -> uint8 [num_blocks * block_size]; slot_mappings: layer -> int64
     [max_num_tokens], vLLM's persistent buffer; both set when the KV cache is there.
     captured: what the CUDA graphs hold, once they are captured.
@@ -226,8 +230,10 @@ class GpuPlanner:
         num_sms: int,
         can_tag: bool,
         captures_residual: bool = False,
+        gather: Gather | None = None,
     ) -> None:
         self.tables = tables
+        self._gather = gather or (lambda tensor: tensor)
         self.buffers = StepBuffers(tables, max_num_tokens, device)
         self.readings = GpuReadings(tables, device)
         max_reqs = min(tables.max_num_seqs, self.MAX_SPLIT_REQS)
@@ -250,14 +256,31 @@ class GpuPlanner:
         return plan
 
     def plan(self, step: Scheduled) -> GpuStepPlan:
-        """The plan of a step that has spans or sink rows; uploads what changed."""
+        """The plan of a step that has something to do; uploads what changed."""
         spans, sink_rows = tuple(step.spans), tuple(step.sink_rows)
         if self._loaded != spans or sink_rows:
             rows = {span.sequence: self.readings.row_of(kept) for span, kept, _ in step.readings}
             self._loaded = None
             self.buffers.load(step, rows)
             self._loaded = None if sink_rows else spans
-        return GpuStepPlan(self.tables, spans, sink_rows, self, step.readings)
+        return GpuStepPlan(
+            self.tables,
+            spans,
+            sink_rows,
+            self,
+            step.readings,
+            captures=tuple(step.captures),
+            choices=tuple(step.choices),
+            scale=self._scale,
+        )
+
+    def _scale(self, z: torch.Tensor, z_text: torch.Tensor, alpha: float) -> torch.Tensor:
+        tables = self.tables
+        if tables.local_heads < tables.geometry.num_heads:
+            return choose_heads(z, z_text, alpha, tables.heads, self._gather)
+        scale = torch.empty(len(z), device=z.device)
+        select_heads_(scale, z, z_text, alpha)
+        return scale
 
     def idle(self) -> None:
         """The step steers nothing."""

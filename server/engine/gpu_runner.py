@@ -2,7 +2,7 @@
 
 vLLM symbols relied on: `vllm.v1.worker.gpu.model_runner.GPUModelRunner` (`load_model`,
 `finish_requests`, `execute_model` with `dummy_run`, `sample_tokens`, `capture_model`,
-`cudagraph_manager.run_fullgraph` and `run_pw_graph`, `model_state`, `attn_groups`),
+`cudagraph_manager.dispatch`, `run_fullgraph` and `run_pw_graph`, `model_state`, `attn_groups`),
 `BlockTables.slot_mappings`, `model_states.resolve_model_state_cls`, which is swapped for ours, and
 the hooks of the `ModelState` that it names: `add_request`, `preprocess_state`,
 `initialize_kv_cache`; `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`.
@@ -18,7 +18,9 @@ import logging
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu import model_states
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from headway.server.engine import layer_boundary
@@ -36,7 +38,7 @@ from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
-from headway.server.engine.worker_tables import worker_tables
+from headway.server.engine.worker_tables import gather_heads, worker_tables
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class SteeringModelRunner:
             # Who steers by the image may name sink dimensions that the model is not known for.
             can_tag=geometry.supports_images or geometry.sink_dims != (),
             captures_residual=captures_residual(self.vllm_config),
+            gather=gather_heads,
         )
         self.steering = SteeringState(geometry, self.planner)
         if self.planner.can_tag or unsupported_residual(self.vllm_config) is None:
@@ -176,6 +179,7 @@ class _ModelState:
         if unsupported_attention(runner.vllm_config) is None:
             _bind_caches(runner, block_tables)
         _credit_replays(runner.cudagraph_manager, planner)
+        _choose_without_graphs(runner)
 
 
 def _bind_caches(runner: Any, block_tables: Any) -> None:
@@ -213,6 +217,24 @@ def _credit_replays(manager: Any, planner: GpuPlanner) -> None:
         return run_piecewise(*args, **kwargs)
 
     manager.run_fullgraph, manager.run_pw_graph = run_fullgraph, run_pw_graph
+
+
+def _choose_without_graphs(runner: Any) -> None:
+    """Have the layers called one by one in steps that choose heads: no graph holds the choice."""
+    dispatch = runner.cudagraph_manager.dispatch
+
+    def without_graphs(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        found = dispatch(num_reqs, num_tokens, *args, **kwargs)
+        if found.cg_mode == CUDAGraphMode.NONE or not runner.steering.is_choosing:
+            return found
+        return BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_active_loras=found.num_active_loras,
+        )
+
+    runner.cudagraph_manager.dispatch = without_graphs
 
 
 def _num_sms(device: torch.device) -> int:

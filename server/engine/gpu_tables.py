@@ -66,6 +66,9 @@ class GpuTables(SlotTables):
         """Where a layer of this stage is in the tables."""
         return layer - self.layers.start
 
+    def multiply(self, layer: int, slot: int, scale: torch.Tensor) -> None:
+        self.head_words[self.row_of(layer), slot, :, HeadField.SCALE] *= scale
+
     def release(self, slot: int) -> None:
         """Give a slot and its shifts back."""
         super().release(slot)

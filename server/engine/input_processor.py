@@ -103,9 +103,10 @@ def carry(request: Any, steering: SteeringRequest | None, input_processor: Any) 
     extra_args = {key: value for key, value in params.extra_args.items() if key != EXTRA_ARG}
     if steering is not None:
         program = steering.program
-        facts = read_prompt(Prompt.of_request(request), steering, input_processor)
+        prompt = Prompt.of_request(request)
+        facts = read_prompt(prompt, steering, input_processor)
         if not program.is_identity:
-            keys = cache_keys(program, facts)
+            keys = cache_keys(program, facts, prompt.digest)
             if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):
                 message = "edits that depend on the prompt cannot steer a resumable request"
                 raise SteeringError(Reason.UNSUPPORTED, message)

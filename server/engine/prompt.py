@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headway.server.engine.cache_key import prompt_digest
 from headway.server.engine.prompt_text import prompt_text
 from headway.server.engine.request import SteeringRequest
 from headway.steering import Reason, SteeringError, SteeringProgram
@@ -34,6 +35,11 @@ class Prompt:
     length: int
     places: tuple[Any, ...] = ()
     hashes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Tells this prompt from others, images included."""
+        return prompt_digest(self.token_ids or (), self.hashes)
 
     @classmethod
     def of_request(cls, request: Any) -> Prompt:
@@ -84,7 +90,9 @@ def read_prompt(prompt: Prompt, steering: SteeringRequest, input_processor: Any)
     send it again: where the request is refused its images are forgotten, so that they are.
     """
     try:
-        return prompt_facts(prompt, steering, input_processor.tokenizer)
+        facts = prompt_facts(prompt, steering, input_processor.tokenizer)
+        check_selection(steering.program, prompt, facts, input_processor.vllm_config)
+        return facts
     except SteeringError:
         cache = input_processor.renderer.mm_processor_cache
         for mm_hash in prompt.hashes if cache is not None else ():
@@ -108,12 +116,57 @@ def prompt_facts(prompt: Prompt, steering: SteeringRequest, tokenizer: Any) -> P
             raise SteeringError(Reason.UNSUPPORTED, message, program.marks_param)
         rendered = prompt_text(tokenizer, prompt.token_ids)
         marks = locate(program.marks, steering.messages, rendered, program.marks_param)
+    images = [parts for place in prompt.places if (parts := tuple(image_tokens(place)))]
     return PromptFacts(
         prompt.length,
-        tuple((place.offset, place.offset + place.length) for place in prompt.places),
-        tuple(part for place in prompt.places for part in image_tokens(place)),
+        # Some models count the tokens around an image as its placeholder: they are text.
+        tuple((parts[0][0], parts[-1][1]) for parts in images),
+        tuple(part for parts in images for part in parts),
         marks,
     )
+
+
+def check_selection(
+    program: SteeringProgram, prompt: Prompt, facts: PromptFacts, vllm_config: Any
+) -> None:
+    """Raise SteeringError unless the heads that a program selects can be chosen by this prompt.
+
+    E_PROMPT_TOO_LONG where it does not fit in one engine step, which may have to go on for all
+    other requests at the same time.
+    """
+    selection, param = program.head_selection, program.image_param
+    if selection is None:
+        return
+    if prompt.token_ids is None:
+        message = "heads cannot be chosen by a prompt of embeddings; give them explicitly"
+        raise SteeringError(Reason.UNSUPPORTED, message, param)
+    text = facts.prompt_len - sum(stop - start for start, stop in facts.image_spans)
+    if text < 1:
+        message = "heads are chosen by what the images change, and this prompt has no text"
+        raise SteeringError(Reason.BAD_PARAM, message, param)
+    scheduler = vllm_config.scheduler_config
+    needed, what = facts.prompt_len, f"the prompt has {facts.prompt_len} tokens"
+    if selection.reinforce_baseline:
+        needed, what = needed + text, f"{what} and {text} without its images"
+        if scheduler.max_num_seqs < 2:
+            message = "reinforce_baseline runs two sequences at once, and max_num_seqs is 1"
+            raise SteeringError(Reason.UNSUPPORTED, message, f"{param}.reinforce_baseline")
+    limit = selection_limit(scheduler)
+    if needed > limit:
+        message = (
+            f"{what}; to choose heads it must run in one engine step, of at most {limit} tokens "
+            "(max_num_batched_tokens less one for each other sequence, or "
+            "long_prefill_token_threshold); give the heads explicitly"
+        )
+        raise SteeringError(Reason.PROMPT_TOO_LONG, message, param)
+
+
+def selection_limit(scheduler_config: Any) -> int:
+    """Most prompt tokens that are sure to find room in one step."""
+    budget = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
+    limit = int(budget) - scheduler_config.max_num_seqs + 1
+    threshold = scheduler_config.long_prefill_token_threshold
+    return min(limit, threshold) if threshold > 0 else limit
 
 
 def image_tokens(place: Any) -> Iterator[Range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ class EngineReport:
         layer with the edit applied; by_scope: the same by query scope.
     positions_missed: how many lie in the scope of an edit and did not.
     readings: what `RequestReadings.as_dict` tells, where the program reads masses.
+    heads: [layer, head] of the heads that were chosen, where the program selects heads.
     """
 
     sequences: int = 0
@@ -26,6 +28,7 @@ class EngineReport:
     positions_missed: int = 0
     by_scope: dict[str, int] = field(default_factory=dict)
     readings: dict[str, Any] | None = None
+    heads: list[list[int]] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -62,7 +65,13 @@ class EngineReport:
             self.positions_missed + other.positions_missed,
             {scope: self.by_scope.get(scope, 0) + other.by_scope.get(scope, 0) for scope in scopes},
             merge_readings([self.readings, other.readings]),
+            merge_heads([self.heads, other.heads]),
         )
+
+
+def merge_heads(parts: Iterable[list[list[int]]]) -> list[list[int]]:
+    """Heads of several ranks, each with heads of its own, or of several sequences."""
+    return [list(head) for head in sorted({tuple(head) for part in parts for head in part})]
 
 
 def merge_readings(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:

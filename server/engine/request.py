@@ -12,7 +12,11 @@ from uuid import uuid4
 
 from headway.steering import EXTRA_ARG, SteeringProgram
 
-__all__ = ["EXTRA_ARG", "SteeringRequest", "attach"]
+__all__ = ["EXTRA_ARG", "FORGOTTEN_TEXTS", "TEXT", "TEXT_PASS", "SteeringRequest", "attach"]
+
+TEXT, TEXT_PASS, FORGOTTEN_TEXTS = "text", "text_pass", "forgotten_texts"
+"""Keys of the plain values, set by the scheduler: which text a request is compared with, which one
+it runs, and which are not needed any more."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Seam: ending one request whose steering failed, and no other.
+"""Seam: vLLM's scheduler, which also runs text passes, and ends requests whose steering failed.
 
 vLLM symbols relied on: `Scheduler.update_from_output`, `Scheduler.requests`,
 `Scheduler.running`, `Scheduler.kv_cache_manager` (`get_block_ids`, `evict_blocks`, `block_pool`,
@@ -17,13 +17,17 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from headway.server.engine.text_pass_scheduler import RunsTextPasses
+
 FAILED_REQUESTS = "headway_failed_requests"
 """Attribute of `ModelRunnerOutput`: ids of the requests whose steering failed in this step."""
 
 
-class _EndsFailedRequests:
+class _EndsFailedRequests(RunsTextPasses):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         failed = getattr(model_runner_output, FAILED_REQUESTS, ())
+        for request_id in failed:
+            self.text_passes.failed(request_id)
         if failed:
             end_requests(self, failed, model_runner_output)
         return super().update_from_output(  # type: ignore[misc]
@@ -32,11 +36,11 @@ class _EndsFailedRequests:
 
 
 class SteeringScheduler(_EndsFailedRequests, Scheduler):
-    """vLLM's scheduler, which also ends requests whose steering failed."""
+    """vLLM's scheduler with text passes and the end of failed requests."""
 
 
 class AsyncSteeringScheduler(_EndsFailedRequests, AsyncScheduler):
-    """vLLM's asynchronous scheduler, which also ends requests whose steering failed."""
+    """vLLM's asynchronous scheduler with text passes and the end of failed requests."""
 
 
 def end_requests(scheduler: Any, failed: Iterable[str], model_runner_output: Any) -> None:

@@ -103,8 +103,12 @@ class SlotTables:
         """Slots that are taken."""
         return self.capacity - len(self._free)
 
-    def acquire(self, words: HeadWords, parts: Sequence[ResidualPart] = ()) -> int:
+    def acquire(
+        self, words: HeadWords, parts: Sequence[ResidualPart] = (), chosen: Sequence[int] = ()
+    ) -> int:
         """Upload one set of active edits, head words and residual edits, and return its slot.
+
+        chosen: layers whose scales are still to be chosen, and told by `multiply`.
 
         Raises RuntimeError if all slots are taken, ValueError for words these tables cannot hold;
         no slot is taken then.
@@ -119,6 +123,7 @@ class SlotTables:
         self.shifted[slot] = own & (words.table[..., HeadField.SHIFT_INDEX] >= 0).any(axis=-1)
         scaled = (words.table[..., HeadField.SCALE] != 1).any(axis=-1)
         self.affine[slot] = own & scaled | self.shifted[slot]
+        self.affine[slot, list(chosen)] |= own[list(chosen)]
         self.edited_heads[slot] = words.edits_attention[:, self.heads]
         self.conditional[slot] = words.is_conditional[:, self.heads]
         self.moves[slot] = own & words.moves_mass.any(axis=-1)
@@ -146,6 +151,10 @@ class SlotTables:
                 tags[start:stop] |= np.uint8(tag)
         self._upload_tags(row, tags)
         return self._free_rows.pop()
+
+    def multiply(self, layer: int, slot: int, scale: torch.Tensor) -> None:
+        """Multiply the scales of a slot's heads; scale: float32 [local heads]."""
+        self.scale[layer, slot] *= scale
 
     def release(self, slot: int) -> None:
         """Give a slot back; its rows are overwritten by the next `acquire`."""

@@ -8,11 +8,14 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
 
+from headway.server.engine.head_choice import Capture, Choice, TextRows
+from headway.server.engine.request import FORGOTTEN_TEXTS, TEXT, TEXT_PASS
 from headway.server.engine.slots import ResidualPart
 from headway.steering import ModelGeometry
 from headway.steering.artifacts import ResidualArtifact
-from headway.steering.head_words import HeadWords, KeyTag
+from headway.steering.head_words import HeadField, HeadWords, KeyTag
 from headway.steering.positions import PromptFacts
 from headway.steering.program import ResidualEdit, SteeringProgram
 from headway.steering.wire import decode_facts, decode_program
@@ -24,6 +27,8 @@ class SteeredRequest:
 
     slots: set of active edits -> slot, tag_row: row of its tags; held while it is in the batch.
     sink_layers: bool [num_layers], where its key classes ask for sinks.
+    text: what its prompt gives without images, if heads are chosen by it or if this is the request
+    that finds it out (`is_text_pass`). chosen: layer -> scale of the local heads, once chosen.
     """
 
     report_id: str
@@ -35,6 +40,14 @@ class SteeredRequest:
     sink_layers: np.ndarray | None = None
     reads: bool = False
     parts: list[ResidualPart] = field(default_factory=list)
+    text: TextRows | None = None
+    is_text_pass: bool = False
+    chosen: dict[int, torch.Tensor] | None = None
+
+    @property
+    def must_choose(self) -> bool:
+        """Whether its heads are still to be chosen."""
+        return self.program.head_selection is not None and self.chosen is None
 
     def prepare(
         self,
@@ -62,14 +75,60 @@ class SteeredRequest:
             or (self.reads and bool(self.facts.image_tokens))
         )
 
+    def take_text(self, payload: dict[str, Any], texts: dict[str, TextRows]) -> None:
+        """Find what the prompt gives without images among `texts`, or make room for it there."""
+        for key in payload.get(FORGOTTEN_TEXTS) or ():
+            texts.pop(key, None)
+        if TEXT_PASS in payload:
+            self.is_text_pass = True
+            self.text = texts.setdefault(payload[TEXT_PASS], TextRows())
+        elif self.must_choose:
+            # It keeps what it was given, whatever is forgotten; its pass may come in this step.
+            self.text = self.text or texts.setdefault(payload[TEXT], TextRows())
+
+    def capture(self, request_id: str, start: int, position: int, count: int) -> Capture | None:
+        """What a text pass keeps of a step.
+
+        start: first of its `count` rows in the batch, for the token at `position`.
+        """
+        row = self.facts.prompt_len - 1 - position
+        if not self.is_text_pass or not 0 <= row < count:
+            return None
+        assert self.text is not None
+        return Capture(request_id, self.text, start + row)
+
+    def choice(
+        self, request_id: str, start: int, position: int, count: int, layers: range
+    ) -> Choice | None:
+        """The choice of heads that a step is to make. Arguments as for `capture`.
+
+        layers: those of this worker. Raises RuntimeError if the step ends before the prompt does.
+        """
+        selection = self.program.head_selection
+        if selection is None or not self.must_choose or self.is_text_pass:
+            return None
+        row = self.facts.prompt_len - 1 - position
+        if not 0 <= row < count or self.text is None:
+            raise RuntimeError(f"its prompt of {self.facts.prompt_len} tokens was not run at once")
+        own = frozenset(selection.layers) & frozenset(layers)
+        return Choice(request_id, selection, self.text, start + row, [], own)
+
     def edits(
-        self, active: Iterable[int], geometry: ModelGeometry
+        self, active: Iterable[int], geometry: ModelGeometry, heads: slice
     ) -> tuple[HeadWords, list[ResidualPart]]:
-        """The composition of some of its edits, numbered as in `SteeringProgram.scopes`."""
-        count = len(self.program.head_edits)
+        """The composition of some of its edits, numbered as in `SteeringProgram.scopes`.
+
+        The scales that were chosen come first; those still to be chosen are not in it.
+        """
+        count, end = len(self.program.head_edits), len(self.program.head_edits) + len(self.parts)
+        active = tuple(active)
         words = [self.program.head_edits[index].words for index in active if index < count]
-        parts = [self.parts[index - count] for index in active if index >= count]
-        return reduce(HeadWords.then, words or [HeadWords.identity(geometry)]), parts
+        parts = [self.parts[index - count] for index in active if count <= index < end]
+        first = HeadWords.identity(geometry)
+        if self.chosen is not None and active and active[-1] >= end:
+            for layer, scale in self.chosen.items():
+                first.table[layer, heads, HeadField.SCALE] = scale.cpu().numpy()
+        return reduce(HeadWords.then, words, first), parts
 
 
 def _part(

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from headway.server.engine.head_choice import Choice, TextRows, heads_of
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
 from headway.server.engine.sinks import SinkRows
@@ -53,6 +56,8 @@ class SteeringState:
         self.reports: OrderedDict[str, EngineReport] = OrderedDict()
         self.readings: dict[str, RequestReadings] = {}
         self.artifacts: dict[str, ResidualArtifact] = {}
+        self.texts: dict[str, TextRows] = {}
+        self.chosen: dict[str, dict[int, torch.Tensor]] = {}
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
         self._preempted: set[str] = set()
@@ -75,6 +80,7 @@ class SteeringState:
             known = {part.artifact.digest: part.artifact for part in request.parts}
             artifacts = {**known, **self.artifacts}
             request.prepare(payload, self.geometry, self.tables.layers, artifacts)
+            request.take_text(payload, self.texts)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended; their reports stay until asked for."""
@@ -84,6 +90,8 @@ class SteeringState:
             request = self.requests.pop(request_id, None)
             if request is not None:
                 self._release(request)
+                if request.is_text_pass:
+                    self.reports.pop(request.report_id, None)
             self._failed.discard(request_id)
             self._preempted.discard(request_id)
 
@@ -98,6 +106,11 @@ class SteeringState:
     def num_placed(self) -> int:
         """Steered requests that are in the batch and hold slots."""
         return sum(bool(request.slots) for request in self.requests.values())
+
+    @property
+    def is_choosing(self) -> bool:
+        """Whether heads are being chosen, or what they are chosen by is being found out."""
+        return any(each.is_text_pass or each.must_choose for each in self.requests.values())
 
     def plan_step(
         self,
@@ -128,7 +141,8 @@ class SteeringState:
             with self.guard("slot", [each.request_id]):
                 if each.request_id not in self._failed:
                     self._plan_request(each, step)
-        if not step.spans and not step.sink_rows:
+        self._join_text_passes(step)
+        if step.is_empty:
             return None
         plan = self.planner.plan(step)
         plan.seconds = time.perf_counter() - started
@@ -137,9 +151,11 @@ class SteeringState:
     def close_step(self, plan: StepPlan) -> None:
         """Count what a step did, after its forward pass."""
         items: list[Span | SinkRows] = [*plan.spans, *plan.sink_rows]
+        for request_id, error in plan.failures.items():
+            self._fail(request_id, "edit", error)
         for item in items:
-            error = plan.failures.get(item.request_id)
-            if error is None and (missed := plan.missed(item)):
+            error = None
+            if item.request_id not in plan.failures and (missed := plan.missed(item)):
                 error = RuntimeError(f"an edit did not run on layers {missed}")
             if error is not None:
                 self._fail(item.request_id, "edit", error)
@@ -153,6 +169,9 @@ class SteeringState:
             active = next(key for key, slot in request.slots.items() if slot == span.slot)
             for scope in {str(request.program.scopes[index]) for index in active}:
                 report.by_scope[scope] = report.by_scope.get(scope, 0) + count
+        for choice in plan.choices:
+            if choice.request_id not in self._failed:
+                self._keep_choice(choice)
         plan.collect()
         self.step_seconds.observe(plan.seconds)
 
@@ -170,6 +189,9 @@ class SteeringState:
         readings = self.readings.pop(report_id, None)
         if report is not None and readings is not None:
             report.readings = readings.as_dict(self.tables.heads)
+        scales = self.chosen.pop(report_id, None)
+        if report is not None and scales is not None:
+            report.heads = heads_of(scales, self.tables.heads)
         return report
 
     @contextmanager
@@ -188,6 +210,8 @@ class SteeringState:
         """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
         request = self.requests[each.request_id]
         facts, stop = request.facts, each.position + each.count
+        rows = each.request_id, each.start, each.position, each.count
+        capture, choice = request.capture(*rows), request.choice(*rows, self.tables.layers)
         scopes = request.program.scopes
         pieces = [run for run in runs(scopes, facts, each.position, stop) if run.active]
         spans, readings, mass_rows = [], [], step.mass_rows
@@ -220,15 +244,39 @@ class SteeringState:
             step.sink_rows.append(
                 SinkRows(each.request_id, rule, each.start, each.start + rows, request.sink_layers)
             )
+        if choice is not None:
+            choice.slots += sorted({span.slot for span in spans})
+            step.choices.append(choice)
+        if capture is not None:
+            step.captures.append(capture)
         step.spans += spans
         step.positions += [run.start for run in pieces]
         step.readings += readings
         step.mass_rows = mass_rows
 
+    def _join_text_passes(self, step: Scheduled) -> None:
+        """Have the heads of a text pass scaled with those of the request that it is for."""
+        for capture in step.captures:
+            request = self.requests[capture.request_id]
+            if not request.must_choose:
+                continue
+            choice = next((each for each in step.choices if each.text is capture.text), None)
+            with self.guard("slot", [capture.request_id]):
+                if choice is None:
+                    raise RuntimeError("a text pass to be scaled ran without its request")
+                choice.slots += sorted(request.slots.values())
+
+    def _keep_choice(self, choice: Choice) -> None:
+        """The heads of a request are chosen once."""
+        request = self.requests[choice.request_id]
+        with self.guard("edit", [choice.request_id]):
+            request.chosen = self.chosen[request.report_id] = choice.result()
+
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
-            words, parts = request.edits(run.active, self.geometry)
-            request.slots[run.active] = self.tables.acquire(words, parts)
+            words, parts = request.edits(run.active, self.geometry, self.tables.heads)
+            chosen = request.program.head_selection.layers if request.must_choose else ()
+            request.slots[run.active] = self.tables.acquire(words, parts, chosen)
             self.planner.changed()
         return request.slots[run.active]
 
@@ -261,6 +309,7 @@ class SteeringState:
         report = self.reports.setdefault(request.report_id, EngineReport())
         while len(self.reports) > MAX_REPORTS:
             forgotten, _ = self.reports.popitem(last=False)
+            self.chosen.pop(forgotten, None)
             readings = self.readings.pop(forgotten, None)
             if readings is not None:
                 self.planner.release(readings)

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from headway.server.engine.head_choice import Capture, Choice, Scale
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.sinks import SinkRows
 from headway.server.engine.slots import SlotTables
@@ -69,7 +70,8 @@ class Scheduled:
 
     num_reqs, num_tokens: of the whole batch. positions: of the first row of each span. readings:
     spans with a mass_row, in its order, each with the RequestReadings it adds to and the first of
-    its rows that is an output position; mass_rows: how many rows that are.
+    its rows that is an output position; mass_rows: how many rows that are. captures, choices: what
+    the choice of heads takes from this step.
     """
 
     num_reqs: int = 0
@@ -79,6 +81,13 @@ class Scheduled:
     sink_rows: list[SinkRows] = field(default_factory=list)
     readings: list[tuple[Span, RequestReadings, int]] = field(default_factory=list)
     mass_rows: int = 0
+    captures: list[Capture] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do; choices come with spans."""
+        return not (self.spans or self.sink_rows or self.captures)
 
 
 @dataclass
@@ -88,6 +97,7 @@ class StepPlan(ABC):
     spans: the rows to edit. sink_rows: prompt rows whose sinks must be tagged.
     failures: request id -> error, for requests whose edit raised in this step.
     affine_done, attention_done, sinks_done, residual_done: layers at which that ran.
+    captures, choices, scale: the choice of heads, and how it is made.
     seconds: time spent in steering code during this step.
     """
 
@@ -100,6 +110,9 @@ class StepPlan(ABC):
     attention_done: set[int] = field(default_factory=set, kw_only=True)
     sinks_done: set[int] = field(default_factory=set, kw_only=True)
     residual_done: set[int] = field(default_factory=set, kw_only=True)
+    captures: tuple[Capture, ...] = field(default=(), kw_only=True)
+    choices: tuple[Choice, ...] = field(default=(), kw_only=True)
+    scale: Scale | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def attends(self, layer: int) -> bool:
@@ -146,6 +159,27 @@ class StepPlan(ABC):
         output: [num_tokens, num_heads, head_size], or the same flattened to two dimensions.
         """
 
+    def choose_heads(self, layer: int, heads: torch.Tensor) -> None:
+        """Keep what the choice of heads needs of a layer, then choose; never raises.
+
+        heads: [num_tokens, local heads, head_size], before any scaling.
+        """
+        for capture in self.captures:
+            try:
+                capture.read(layer, heads)
+            except Exception as error:
+                self.failures.setdefault(capture.request_id, error)
+        for choice in self.choices:
+            if layer not in choice.layers:
+                continue
+            try:
+                assert self.scale is not None
+                chosen = choice.choose(layer, heads, self.scale)
+                for slot in choice.slots:
+                    self.tables.multiply(layer, slot, chosen)
+            except Exception as error:
+                self.failures.setdefault(choice.request_id, error)
+
     @abstractmethod
     def collect(self) -> None:
         """Hand over what was read, after the forward pass."""
@@ -172,7 +206,7 @@ class Planner(Protocol):
     tables: SlotTables
 
     def plan(self, step: Scheduled) -> StepPlan:
-        """The plan of a step that has spans or sink rows."""
+        """The plan of a step that has something to do."""
 
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""

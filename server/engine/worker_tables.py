@@ -1,7 +1,7 @@
 """The slot tables of one worker, sized and cut as vLLM's configuration says.
 
 vLLM symbols relied on: `ModelConfig.get_layers_start_end_indices` and `max_model_len`,
-`SchedulerConfig.max_num_seqs`, `vllm.distributed.get_tp_group`.
+`SchedulerConfig.max_num_seqs`, `vllm.distributed.get_tp_group` and its `all_gather`.
 """
 
 from __future__ import annotations
@@ -31,3 +31,9 @@ def worker_tables(
         world_size=group.world_size,
         device=device,
     )
+
+
+def gather_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """Join the last dimension of a tensor over the tensor-parallel group."""
+    gathered: torch.Tensor = get_tp_group().all_gather(tensor, dim=-1)
+    return gathered

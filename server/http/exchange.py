@@ -157,10 +157,7 @@ class Exchange:
         echo: dict[str, Any] = {
             "fingerprint": program.fingerprint,
             "identity": program.is_identity,
-            "methods": [
-                {**applied.as_dict(), "positions_edited": self._positions(applied)}
-                for applied in program.applied
-            ],
+            "methods": [self._applied(applied, report) for applied in program.applied],
             "report": spec.report,
             "positions_edited": report.positions_edited if report else 0,
             "warnings": list(program.warnings),
@@ -171,6 +168,13 @@ class Exchange:
             echo["positions_computed"] = report.positions_computed
             echo["sequences"] = report.sequences
             echo |= attention_echo(report.readings)
+        return echo
+
+    def _applied(self, applied: AppliedMethod, report: EngineReport | None) -> dict[str, Any]:
+        """One method as it was carried out; heads that were chosen in place of how to choose."""
+        echo = {**applied.as_dict(), "positions_edited": self._positions(applied)}
+        if applied.chooses_heads and report is not None:
+            echo["heads"] = report.heads
         return echo
 
     def _positions(self, applied: AppliedMethod) -> int:

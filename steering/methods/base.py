@@ -11,7 +11,7 @@ from pydantic import Field
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
-from headway.steering.program import HeadEdit, SinkRule
+from headway.steering.program import HeadEdit, HeadSelection, SinkRule
 from headway.steering.spans import SpanSelector
 from headway.steering.validation import StrictModel
 
@@ -26,10 +26,11 @@ class CompiledMethod:
     """One method, compiled: its edits, what to echo to the client, and warnings.
 
     sink_rule: which tokens its key classes mean by SINK. marks: which spans by EMPHASISED.
-    needs_image: whether it means nothing without an image.
+    needs_image: whether it means nothing without an image. head_selection: heads to be chosen.
     """
 
     head_edits: tuple[HeadEdit, ...] = ()
+    head_selection: HeadSelection | None = None
     sink_rule: SinkRule | None = None
     marks: tuple[SpanSelector, ...] = ()
     needs_image: bool = False
@@ -136,6 +137,19 @@ def check_heads(
             raise SteeringError(Reason.BAD_PARAM, message, where)
         seen.add((layer, head))
     return sorted(seen)
+
+
+def profile_heads(name: str, geometry: ModelGeometry, param: str) -> tuple[tuple[int, int], ...]:
+    """The (layer, head) pairs of a head profile of the server.
+
+    Raises SteeringError(E_PROFILE_NOT_FOUND).
+    """
+    profiles = dict(geometry.head_profiles)
+    if name not in profiles:
+        known = ", ".join(profiles) or "none"
+        message = f'there is no head profile "{name}"; the head profiles are: {known}'
+        raise SteeringError(Reason.PROFILE_NOT_FOUND, message, param)
+    return profiles[name]
 
 
 def _check_layer(layer: int, geometry: ModelGeometry, param: str) -> None:

@@ -109,7 +109,7 @@ ROWS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         methods({"method": "head_ablation", "heads": [[1, 1]], "u": 0.5}), 400, "E_BAD_PARAM",
         f"{FIRST}.u", "identity"),
     "automatic heads": (
-        vhr(heads="auto"), 400, "E_UNSUPPORTED", f"{FIRST}.heads", "automatic"),
+        vhr(heads="auto"), 400, "E_NO_IMAGE", FIRST, "takes no images"),
     "forged program": (
         {"vllm_xargs": {"headway": "x"}}, 400, "E_BAD_PARAM", "vllm_xargs.headway", "reserved"),
 }  # fmt: skip

@@ -25,9 +25,11 @@ VAR = program({"method": "var", "sink_dims": [3]})
 EMPHASIS = program({"method": "emphasis", "spans": [{"tokens": [0, 4]}]})
 
 
-def chain(steered: SteeringProgram, facts: PromptFacts, length: int = 64) -> list[tuple]:
+def chain(
+    steered: SteeringProgram, facts: PromptFacts, length: int = 64, digest: str = "one"
+) -> list[tuple]:
     """Per block, all keys that its hash depends on; hashes are chained."""
-    payload = {"facts": encode_facts(facts), "cache_keys": cache_keys(steered, facts)}
+    payload = {"facts": encode_facts(facts), "cache_keys": cache_keys(steered, facts, digest)}
     keys: tuple = ()
     blocks = []
     for start in range(0, length, BLOCK):
@@ -48,6 +50,13 @@ def test_an_edit_of_all_positions_depends_on_the_program_only():
     assert shared(blocks, chain(VHR, PromptFacts(50))) == 4
     other = program({"method": "vhr", "heads": [[0, 0]], "alpha": 3.0})
     assert shared(blocks, chain(other, PromptFacts(20))) == 0
+
+
+def test_heads_chosen_by_the_prompt_are_shared_with_the_same_prompt_only():
+    auto = program({"method": "vhr"})
+    blocks = chain(auto, PromptFacts(40))
+    assert shared(blocks, chain(auto, PromptFacts(40))) == 4
+    assert shared(blocks, chain(auto, PromptFacts(40), digest="other")) == 0
 
 
 def test_locore_shares_the_prompt_with_everyone_and_the_output_with_nobody_else():
