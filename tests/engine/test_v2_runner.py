@@ -65,11 +65,14 @@ PROGRAMS = {
     "uniform": steered({"method": "head_ablation", "mode": "uniform", "heads": HEADS}),
     "identity": steered({"method": "head_ablation", "mode": "identity", "heads": HEADS, "u": 0.6}),
     "shifts": shifted(),
+    "VHR auto": steered({"method": "vhr", "alpha": 1.7}),
+    "VHR auto, baseline": steered({"method": "vhr", "alpha": 1.7, "reinforce_baseline": True}),
     "residual edits": residual_program(
         ResidualEdit(1, ARTIFACT.digest, 0.4, QueryScope.ALL),
         ResidualEdit(3, ARTIFACT.digest, -0.6),
     ),
 }
+CASES = ("mixed", "disturbed", "warm", "preempted")
 ON_TEXT = ("LocoRE, any token", "emphasis", "zero", "uniform", "identity", "shifts")
 
 
@@ -107,7 +110,8 @@ def cases(llava_folder) -> dict[str, Case]:
             preempt_after=[3],
             forget_cache=True,
         ),
-        "warm": Case(some("VAR and VHR", "residual edits")),
+        "warm": Case(some("VAR and VHR", "residual edits", "VHR auto")),
+        "preempted": Case(some("VHR auto", "VHR"), preempt_after=[2], forget_cache=True),
     }
 
 
@@ -163,7 +167,7 @@ def v1(llava, cases) -> dict[str, tuple[list, list]]:
     return done
 
 
-@pytest.mark.parametrize("name", ["mixed", "disturbed", "warm"])
+@pytest.mark.parametrize("name", CASES)
 def test_tokens_and_logprobs_are_those_of_the_cpu_engine(cases, v1, v2, name):
     for job, got, want in zip(cases[name].names, v2[name][0], v1[name][0], strict=True):
         assert got.tokens == want.tokens, job
@@ -179,7 +183,7 @@ def test_the_edits_matter(cases, v1):
         assert not same, (name, same)
 
 
-@pytest.mark.parametrize("name", ["mixed", "disturbed", "warm"])
+@pytest.mark.parametrize("name", CASES)
 def test_reports_are_those_of_the_cpu_engine(cases, v1, v2, name):
     for job, got, want in zip(cases[name].names, v2[name][1], v1[name][1], strict=True):
         if want is None:
@@ -188,6 +192,7 @@ def test_reports_are_those_of_the_cpu_engine(cases, v1, v2, name):
         if name == "mixed":  # how much is computed again depends on the schedule
             assert got["by_scope"] == want["by_scope"], job
         assert got["failed_stage"] is None and got["positions_missed"] == 0, job
+        assert got["heads"] == want["heads"] and bool(got["heads"]) == ("auto" in job), job
         if want["readings"] is not None and name == "mixed":
             assert_readings_equal(got["readings"], want["readings"])
 
