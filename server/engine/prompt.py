@@ -151,22 +151,19 @@ def check_selection(
         if scheduler.max_num_seqs < 2:
             message = "reinforce_baseline runs two sequences at once, and max_num_seqs is 1"
             raise SteeringError(Reason.UNSUPPORTED, message, f"{param}.reinforce_baseline")
-    limit = selection_limit(scheduler)
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    threshold = scheduler.long_prefill_token_threshold
+    others = scheduler.max_num_seqs - 1
+    limit, because = budget - others, f"its {budget} less one for each of {others} others"
+    if 0 < threshold < limit:
+        limit, because = threshold, "long_prefill_token_threshold"
     if needed > limit:
         message = (
             f"{what}; to choose heads it must run in one engine step, of at most {limit} tokens "
-            "(max_num_batched_tokens less one for each other sequence, or "
-            "long_prefill_token_threshold); give the heads explicitly"
+            f"({because}); give the heads explicitly, or start the engine with a larger "
+            "max_num_batched_tokens"
         )
         raise SteeringError(Reason.PROMPT_TOO_LONG, message, param)
-
-
-def selection_limit(scheduler_config: Any) -> int:
-    """Most prompt tokens that are sure to find room in one step."""
-    budget = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
-    limit = int(budget) - scheduler_config.max_num_seqs + 1
-    threshold = scheduler_config.long_prefill_token_threshold
-    return min(limit, threshold) if threshold > 0 else limit
 
 
 def image_tokens(place: Any) -> Iterator[Range]:
