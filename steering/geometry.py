@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+FROM_PROFILES = ("sink_dims", "head_profiles")
+"""The fields of a model's geometry that profiles give."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class ModelGeometry:
     Layers and heads are 0-based; heads are query heads, so under grouped-query attention a head
     index runs to `num_heads`, not to `num_kv_heads`. sink_dims: the dimensions of the residual
     stream that tell sinks (see `headway.steering.sinks`), () where they are not known.
+    head_profiles: (name, its (layer, head) pairs) of each head profile of the server, by name.
     """
 
     num_layers: int
@@ -25,13 +29,14 @@ class ModelGeometry:
     quantized: bool = False
     architecture: str = ""
     sink_dims: tuple[int, ...] = ()
+    head_profiles: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex, 16 digits) over the sizes: two models that differ here share nothing.
 
-        Leaves out `sink_dims`, which may come from a profile that names the fingerprint itself.
+        Leaves out what comes from profiles, which name the fingerprint themselves.
         """
-        sizes = {name: value for name, value in asdict(self).items() if name != "sink_dims"}
+        sizes = {name: value for name, value in vars(self).items() if name not in FROM_PROFILES}
         canonical = json.dumps(sizes, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:16]

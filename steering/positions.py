@@ -22,9 +22,9 @@ END = 1 << 62
 class PromptFacts:
     """What steering must know of a prompt as the engine gets it.
 
-    image_spans: the placeholders of the images, in ascending order; image_tokens: of these, the
-    positions that hold image embeddings (some models put separators between them); marks: the
-    emphasised positions. All as ascending ranges that do not touch.
+    image_spans: of each image, from its first embedding to its last, in ascending order;
+    image_tokens: of these, the positions that hold image embeddings (some models put separators
+    between them); marks: the emphasised positions. All as ascending ranges that do not overlap.
     """
 
     prompt_len: int

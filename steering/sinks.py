@@ -8,16 +8,14 @@ dimensions come from a model's training: they are known for a few families and m
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from headway.steering.errors import Reason, SteeringError
-from headway.steering.geometry import ModelGeometry
-from headway.steering.validation import StrictModel, validate
+from headway.steering.profiles import Count, Index, Profile, check_ascending
+from headway.steering.validation import StrictModel
 
 MAX_DIMS = 16
 """Most dimensions a profile may name."""
@@ -75,8 +73,6 @@ def _family(facts: ModelFacts) -> str:
     return "llama-2" if is_llama_2 else ""
 
 
-Index = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
 Phi = Annotated[float, Field(ge=0)]
 
 
@@ -93,20 +89,14 @@ class DimMeasurement(StrictModel):
     sink_tokens: Count
 
 
-class SinkProfile(StrictModel):
+class SinkProfile(Profile):
     """What `headway calibrate sinks` found for one model.
 
-    fingerprint: of its `ModelGeometry`. dims: ascending. measurements: one per dimension, in the
-    order of `dims`, over `num_tokens` tokens of `num_prompts` prompts; `sink_tokens` of them reach
-    `tau` in any of the dimensions.
+    dims: ascending. measurements: one per dimension, in the order of `dims`, over `num_tokens`
+    tokens of `num_prompts` prompts; `sink_tokens` of them reach `tau` in any of the dimensions.
     """
 
     kind: Literal["sinks"]
-    version: Literal[1]
-    fingerprint: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
-    architecture: str
-    hidden_size: Annotated[int, Field(gt=0)]
-    num_layers: Annotated[int, Field(gt=0)]
     dims: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_DIMS)]
     tau: Annotated[float, Field(gt=0)]
     num_prompts: Count
@@ -114,68 +104,16 @@ class SinkProfile(StrictModel):
     sink_tokens: Count
     measurements: tuple[DimMeasurement, ...]
 
-    @classmethod
-    def of(cls, geometry: ModelGeometry, **found: Any) -> SinkProfile:
-        """A profile of the model of `geometry`; found: the fields from `dims` on."""
-        return cls(
-            kind="sinks",
-            version=1,
-            fingerprint=geometry.fingerprint,
-            architecture=geometry.architecture,
-            hidden_size=geometry.hidden_size,
-            num_layers=geometry.num_layers,
-            **found,
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the profile as JSON. Raises OSError."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path, param: str = "profile") -> SinkProfile:
-        """Read a profile. Raises SteeringError(E_BAD_PARAM) that names the key under `param`."""
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            message = f"cannot be read as JSON: {error}"
-            raise SteeringError(Reason.BAD_PARAM, message, param) from None
-        profile = validate(cls, value, param)
-        _check_shapes(profile, param)
-        return profile
-
-    def check_model(self, geometry: ModelGeometry, param: str = "profile") -> None:
-        """Raise SteeringError(E_PROFILE_MISMATCH) if it was made for a model of other sizes."""
-        if self.fingerprint != geometry.fingerprint:
-            made_for = _describe(self.architecture, self.num_layers, self.hidden_size)
-            model = _describe(geometry.architecture, geometry.num_layers, geometry.hidden_size)
-            message = (
-                f"made for another model: {made_for}, fingerprint {self.fingerprint}; "
-                f"this one is {model}, fingerprint {geometry.fingerprint}"
-            )
-            raise SteeringError(Reason.PROFILE_MISMATCH, message, param)
-
-
-def _check_shapes(profile: SinkProfile, param: str) -> None:
-    """Raise SteeringError(E_BAD_PARAM) where the parts of a profile do not fit together."""
-
-    def refuse(message: str, where: str) -> SteeringError:
-        return SteeringError(Reason.BAD_PARAM, message, f"{param}.{where}")
-
-    for index, dim in enumerate(profile.dims):
-        if dim >= profile.hidden_size:
-            allowed = f"0 .. {profile.hidden_size - 1}"
-            raise refuse(f"dimension {dim} does not exist; allowed: {allowed}", f"dims[{index}]")
-        if index and dim <= profile.dims[index - 1]:
-            raise refuse("the dimensions must ascend", f"dims[{index}]")
-    if tuple(measured.dim for measured in profile.measurements) != profile.dims:
-        raise refuse("there must be one measurement per dimension, in order", "measurements")
-    for index, measured in enumerate(profile.measurements):
-        for key in ("phi_first", "phi_other"):
-            length = len(getattr(measured, key))
-            if length != profile.num_layers:
-                message = f"has {length} values; the model has {profile.num_layers} layers"
-                raise refuse(message, f"measurements[{index}].{key}")
-
-
-def _describe(architecture: str, num_layers: int, hidden_size: int) -> str:
-    return f"{architecture} with {num_layers} layers and hidden size {hidden_size}"
+    def check_shapes(self, param: str) -> None:
+        """Raise SteeringError(E_BAD_PARAM) where the parts of the profile do not fit together."""
+        check_ascending(self.dims, self.hidden_size, "dimension", f"{param}.dims")
+        where = f"{param}.measurements"
+        if tuple(measured.dim for measured in self.measurements) != self.dims:
+            message = "there must be one measurement per dimension, in order"
+            raise SteeringError(Reason.BAD_PARAM, message, where)
+        for index, measured in enumerate(self.measurements):
+            for key in ("phi_first", "phi_other"):
+                length = len(getattr(measured, key))
+                if length != self.num_layers:
+                    message = f"has {length} values; the model has {self.num_layers} layers"
+                    raise SteeringError(Reason.BAD_PARAM, message, f"{where}[{index}].{key}")

@@ -22,26 +22,26 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def dump_spec(value: Any, param: str) -> str:
-    """JSON text of an inline spec, or a SteeringError if it is too large or not JSON."""
+def dump_spec(value: Any, param: str, max_bytes: int = MAX_SPEC_BYTES) -> str:
+    """JSON text of a value, or a SteeringError if it is too large or not JSON."""
     try:
         text = value if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError) as error:
         raise SteeringError(Reason.BAD_PARAM, f"must be JSON: {error}", param) from None
     size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_SPEC_BYTES:
-        message = f"the spec has {size} bytes; at most {MAX_SPEC_BYTES} are allowed"
+    if size > max_bytes:
+        message = f"has {size} bytes; at most {max_bytes} are allowed"
         raise SteeringError(Reason.TOO_LARGE, message, param)
     return text
 
 
-def validate(model: type[Model], value: Any, param: str) -> Model:
-    """Validate a JSON value (parsed, or as text) against a model.
+def validate(model: type[Model], value: Any, param: str, max_bytes: int = MAX_SPEC_BYTES) -> Model:
+    """Validate a JSON value (parsed, or as text, of at most `max_bytes`) against a model.
 
-    Raises SteeringError(E_BAD_PARAM) that names the deepest offending element as a JSON path
-    under `param`, the value found there and what is allowed.
+    Raises SteeringError: E_TOO_LARGE, or E_BAD_PARAM that names the deepest offending element as a
+    JSON path under `param`, the value found there and what is allowed.
     """
-    text = dump_spec(value, param)
+    text = dump_spec(value, param, max_bytes)
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

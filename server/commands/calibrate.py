@@ -6,13 +6,23 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from headway.server.calibration import residual, sinks
+from headway.server.calibration import head_outputs, heads, residual, sinks
+from headway.server.calibration.pictures import (
+    DESCRIBE,
+    Asked,
+    ask_about_files,
+    ask_about_scenes,
+    image_files,
+)
 from headway.server.calibration.prompts import PROMPTS, read_prompts
 from headway.server.commands.model import quiet_stdout, read_model, steerable_geometry
+from headway.steering.methods.base import check_layers
+from headway.steering.methods.vhr import default_layers
 from headway.steering.sinks import MAX_DIMS
 
 
@@ -21,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        return calibrate_sinks(args)
+        code: int = args.run(args)
+        return code
     except (ImportError, OSError, ValueError) as error:
         print(f"headway calibrate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -35,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         "`headway serve --steering-profile NAME=FILE` loads.",
     )
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_sinks(what)
+    _add_heads(what)
+    return parser
+
+
+def _add_sinks(what: Any) -> None:
     options = what.add_parser(
         "sinks",
         help="find the dimensions in which attention sinks stand out (for the method var)",
@@ -42,22 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         "larger than all others in the middle layers. Runs the model in float32 on the CPU. Exit "
         "code 1 if there is none.",
     )
-    options.add_argument("model", metavar="MODEL", help="a directory, or a name on the model hub")
+    _add_files(options, "sinks.json")
     options.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help="short prompts, one a line; default: built-in ones",
-    )
-    options.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sinks.json"),
-        metavar="FILE",
-        help="the profile (default: %(default)s)",
-    )
-    options.add_argument(
-        "--plot", type=Path, metavar="FILE", help="a picture too (.png, .pdf, .svg)"
     )
     options.add_argument(
         "--tau",
@@ -74,7 +81,67 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"keep the N strongest dimensions, 1 .. {MAX_DIMS} (default: %(default)s)",
     )
-    return parser
+    options.set_defaults(run=calibrate_sinks)
+
+
+def _add_heads(what: Any) -> None:
+    options = what.add_parser(
+        "heads",
+        help="find the heads that images move most (for the method vhr)",
+        description="Find, in each layer, the heads whose output at the end of a prompt changes "
+        "more than the median when its image is left out, on average over pictures. Runs the model "
+        "in float32 on the CPU. Exit code 1 if there is none.",
+    )
+    _add_files(options, "heads.json")
+    pictures = options.add_mutually_exclusive_group()
+    pictures.add_argument(
+        "--images", type=Path, metavar="DIR", help="pictures; default: drawn scenes of the demo"
+    )
+    pictures.add_argument(
+        "--scenes",
+        type=_count,
+        default=40,
+        metavar="N",
+        help="how many scenes to draw (default: %(default)s)",
+    )
+    options.add_argument(
+        "--question",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="asked about every picture; repeatable. Default: for scenes whether one of its "
+        f'objects is there, for other pictures "{DESCRIBE}"',
+    )
+    options.add_argument(
+        "--layers",
+        type=_layers,
+        nargs="+",
+        metavar="LAYER",
+        help="choose heads of these layers, such as 1 8-23; default: as vhr does",
+    )
+    options.add_argument(
+        "--alpha",
+        type=_positive,
+        default=2.0,
+        metavar="A",
+        help="a scale to note in the profile; the choice does not depend on it "
+        "(default: %(default)g)",
+    )
+    options.set_defaults(run=calibrate_heads)
+
+
+def _add_files(options: argparse.ArgumentParser, output: str) -> None:
+    options.add_argument("model", metavar="MODEL", help="a directory, or a name on the model hub")
+    options.add_argument(
+        "--output",
+        type=Path,
+        default=Path(output),
+        metavar="FILE",
+        help="the profile (default: %(default)s)",
+    )
+    options.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a picture too (.png, .pdf, .svg)"
+    )
 
 
 def calibrate_sinks(args: argparse.Namespace) -> int:
@@ -106,6 +173,46 @@ def calibrate_sinks(args: argparse.Namespace) -> int:
     return 0
 
 
+def calibrate_heads(args: argparse.Namespace) -> int:
+    """Find the heads that images move most, print them, write profile and plot.
+
+    Raises OSError or ValueError for a model, pictures, layers or an output that cannot be used.
+    """
+    check_outputs(args)
+    asked: Iterable[Asked]
+    questions = tuple(dict.fromkeys(args.question))
+    if args.images:
+        files = image_files(args.images)
+        questions = questions or (DESCRIBE,)
+        asked, num_images = ask_about_files(files, questions), len(files)
+        total = num_images * len(questions)
+    else:
+        asked, num_images = list(ask_about_scenes(args.scenes, questions)), args.scenes
+        questions, total = tuple(dict.fromkeys(text for _, text in asked)), len(asked)
+    with quiet_stdout():
+        geometry = steerable_geometry(read_model(args.model))
+        if not geometry.supports_images:
+            raise ValueError(f"{args.model}: this model takes no images")
+        layers = default_layers(geometry)
+        if args.layers:
+            layers = check_layers([each for run in args.layers for each in run], geometry, "layers")
+        model, processor = head_outputs.load_image_model(args.model)
+        vhd = head_outputs.mean_divergence(model, processor, asked, total, geometry.num_heads)
+    if not heads.select_heads(vhd, layers):
+        print(f"headway calibrate: {heads.explain_none(vhd, layers)}", file=sys.stderr)
+        return 1
+    profile = heads.make_profile(vhd, layers, args.alpha, num_images, questions, geometry)
+    print(heads.table(profile))
+    profile.save(args.output)
+    print(f"profile: {args.output}")
+    if args.plot:
+        from headway.server.calibration.head_plot import save_plot
+
+        save_plot(profile, args.plot)
+        print(f"plot: {args.plot}")
+    return 0
+
+
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise ValueError now for what would else fail after minutes of work."""
     for path in filter(None, (args.output, args.plot)):
@@ -120,3 +227,19 @@ def _positive(text: str) -> float:
     if not (0 < value < math.inf):
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _layers(text: str) -> range:
+    """One layer, or a run of them: `3`, `8-23`."""
+    first, dash, last = text.partition("-")
+    found = range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"holds no layer: {text}")
+    return found

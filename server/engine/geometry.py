@@ -9,6 +9,8 @@ vLLM symbols relied on: `ModelConfig.get_total_num_hidden_layers`, `get_total_nu
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,18 +19,23 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from headway.server.engine.config import KEY, is_enabled
-from headway.steering import ModelGeometry, SteeringError
+from headway.steering import ModelGeometry, Reason, SteeringError
+from headway.steering.heads import HeadProfile
+from headway.steering.profiles import Profile, read_json
 from headway.steering.schema import PresetName
 from headway.steering.sinks import ModelFacts, SinkProfile, known_sink_dims
 
 PROFILES = "profiles"
 """The setting of Headway that names profile files."""
 
+KINDS: dict[str, type[Profile]] = {"sinks": SinkProfile, "heads": HeadProfile}
+"""The `kind` of a profile file -> what it is read as."""
+
 _PATHS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[PresetName, str])
 
 
 def geometry_of(vllm_config: Any) -> ModelGeometry:
-    """Sizes of the whole model, whatever the parallelism it is served with, and its sink dims.
+    """Sizes of the whole model, whatever the parallelism it is served with, and its profiles.
 
     The sink dimensions are those of the sinks profile, else those known for the model, else ().
     Raises ValueError as `check_profiles` does.
@@ -44,13 +51,15 @@ def geometry_of(vllm_config: Any) -> ModelGeometry:
         quantized=model.quantization is not None,
         architecture=str(model.architecture),
     )
-    profile = sink_profile(profile_paths(vllm_config), geometry)
-    dims = profile.dims if profile else known_sink_dims(facts_of(model, geometry))
-    return replace(geometry, sink_dims=dims or ())
+    profiles = load_profiles(profile_paths(vllm_config), geometry)
+    sinks = sink_profile(profiles)
+    dims = sinks.dims if sinks else known_sink_dims(facts_of(model, geometry))
+    heads = ((name, each.heads) for name, each in profiles.items() if isinstance(each, HeadProfile))
+    return replace(geometry, sink_dims=dims or (), head_profiles=tuple(heads))
 
 
 def check_profiles(vllm_config: Any) -> None:
-    """Raise ValueError for a profile that is unreadable, of another model, or a second one."""
+    """Raise ValueError for a profile that is unreadable or of another model, or two of sinks."""
     if profile_paths(vllm_config):
         geometry_of(vllm_config)
 
@@ -68,28 +77,39 @@ def profile_paths(vllm_config: Any) -> dict[str, str]:
         raise ValueError(message) from None
 
 
-def sink_profile(paths: dict[str, str], geometry: ModelGeometry) -> SinkProfile | None:
-    """The sinks profile among the named files, checked against the model; None without files.
+def load_profiles(paths: Mapping[str, str], geometry: ModelGeometry) -> dict[str, Profile]:
+    """The named profile files, each checked against the model, in order of their names.
 
     Raises ValueError that names the profile.
     """
-    if len(paths) > 1:
-        names = ", ".join(paths)
-        raise ValueError(f"a model has one profile of the kind sinks, these are several: {names}")
-    for name, path in paths.items():
+    profiles: dict[str, Profile] = {}
+    for name, path in sorted(paths.items()):
         try:
-            profile = load_profile(path)
-            profile.check_model(geometry)
+            profiles[name] = load_profile(path)
+            profiles[name].check_model(geometry)
         except SteeringError as error:
             raise ValueError(f"steering profile {name} ({path}): {error}") from None
-        return profile
-    return None
+    return profiles
+
+
+def sink_profile(profiles: Mapping[str, Profile]) -> SinkProfile | None:
+    """The sinks profile among them, None if there is none. Raises ValueError for several."""
+    found = {name: each for name, each in profiles.items() if isinstance(each, SinkProfile)}
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise ValueError(f"a model has one profile of the kind sinks, these are several: {names}")
+    return next(iter(found.values()), None)
 
 
 @lru_cache
-def load_profile(path: str) -> SinkProfile:
-    """A profile file, read once per process. Raises SteeringError(E_BAD_PARAM)."""
-    return SinkProfile.load(Path(path))
+def load_profile(path: str) -> Profile:
+    """A profile file of any kind, read once per process. Raises SteeringError(E_BAD_PARAM)."""
+    value = read_json(Path(path))
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        message = f"must be one of {', '.join(KINDS)}, got {json.dumps(kind)}"
+        raise SteeringError(Reason.BAD_PARAM, message, "profile.kind")
+    return KINDS[kind].parse(value)
 
 
 def facts_of(model_config: Any, geometry: ModelGeometry) -> ModelFacts:

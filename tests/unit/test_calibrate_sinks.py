@@ -278,7 +278,7 @@ def test_a_plot_needs_matplotlib(
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["heads", "m"], ["sinks"], ["sinks", "m", "--tau", "0"], ["sinks", "m", "--max-dims=17"]],
+    [[], ["moods", "m"], ["sinks"], ["sinks", "m", "--tau", "0"], ["sinks", "m", "--max-dims=17"]],
 )
 def test_bad_options_are_errors(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import pytest
 
 from headway.server.engine.geometry import check_profiles, facts_of, geometry_of
 from headway.steering import ModelGeometry, SteeringError
+from headway.steering.heads import HeadProfile
 from headway.steering.sinks import DimMeasurement, ModelFacts, SinkProfile, known_sink_dims
 
 pytestmark = pytest.mark.unit
@@ -215,6 +216,23 @@ def test_the_dimensions_come_from_the_profile(tmp_path: Path) -> None:
     config = engine(mine=write(tmp_path))
     check_profiles(config)
     assert geometry_of(config) == replace(GEOMETRY, sink_dims=(5, 40))
+
+
+def test_head_profiles_stand_beside_it(tmp_path: Path) -> None:
+    profile = HeadProfile.of(
+        GEOMETRY,
+        num_heads=4,
+        heads=((1, 0),),
+        layers=(1,),
+        alpha=2.0,
+        num_images=1,
+        questions=("What is this?",),
+        vhd=((1.0, 0.0, 0.0, 0.0),) * 4,
+    )
+    profile.save(tmp_path / "heads.json")
+    config = engine(mine=write(tmp_path), seen=tmp_path / "heads.json")
+    found = replace(GEOMETRY, sink_dims=(5, 40), head_profiles=(("seen", ((1, 0),)),))
+    assert geometry_of(config) == found
 
 
 def test_else_from_the_table_else_there_are_none(tmp_path: Path) -> None:
