@@ -58,6 +58,7 @@ def compile_spec(
         marks_param=f"{marked[0][0]}.spans" if marked else "",
         image_param=next((where for where, _, part in parts if part.needs_image), ""),
         head_selection=next((part.head_selection for _, _, part in parts if _selects(part)), None),
+        selection_param=next((where for where, _, part in parts if _selects(part)), ""),
         readouts=_readouts(spec, edits),
         applied=tuple(_applied(name, part) for _, name, part in parts),
         warnings=tuple(warning for _, _, part in parts for warning in part.warnings),

@@ -145,6 +145,7 @@ class SteeringProgram:
     image_param: str = ""  # the first method that means nothing without an image, "" for none
     residual_edits: tuple[ResidualEdit, ...] = ()
     head_selection: HeadSelection | None = None
+    selection_param: str = ""  # the method that selects heads, for errors
     sampling_gate: SamplingGate | None = None
     readouts: tuple[Readout, ...] = ()
     applied: tuple[AppliedMethod, ...] = ()

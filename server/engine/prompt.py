@@ -134,7 +134,7 @@ def check_selection(
     E_PROMPT_TOO_LONG where it does not fit in one engine step, which may have to go on for all
     other requests at the same time.
     """
-    selection, param = program.head_selection, program.image_param
+    selection, param = program.head_selection, program.selection_param
     if selection is None:
         return
     if prompt.token_ids is None:
