@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Ratio:
-    """The geometric mean of per-round ratios and its 95 % bootstrap interval."""
+    """The geometric mean or the median of per-round ratios, and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -33,29 +34,47 @@ class Ratio:
 
 
 def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
-    """values[i] / baseline[i] over rounds i, which share whatever disturbed round i.
+    """The geometric mean of values[i] / baseline[i] over rounds i, which share whatever disturbed
+    round i.
 
     The interval is a percentile bootstrap over rounds. Raises ValueError for fewer than two
     rounds or unequal numbers of them.
     """
+    return _paired(values, baseline, seed, np.mean)
+
+
+def paired_median(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
+    """`paired_ratio` with the median: for single short times, of which a few are far out."""
+    return _paired(values, baseline, seed, np.median)
+
+
+def _paired(
+    values: Sequence[float], baseline: Sequence[float], seed: int, middle: Callable[..., Any]
+) -> Ratio:
     if len(values) != len(baseline) or len(values) < 2:
         raise ValueError(f"need two rounds or more of both, got {len(values)}, {len(baseline)}")
     logs = np.log(np.asarray(values, float) / np.asarray(baseline, float))
-    value = float(np.exp(logs.mean()))
+    value = float(np.exp(middle(logs)))
     if np.ptp(logs) == 0.0:  # the bootstrap of a constant has no interval
         return Ratio(value, value, value, len(logs))
-    drawn = np.random.default_rng(seed).choice(logs, (RESAMPLES, len(logs))).mean(axis=1)
+    drawn = middle(np.random.default_rng(seed).choice(logs, (RESAMPLES, len(logs))), axis=1)
     low, high = np.exp(np.quantile(drawn, [0.025, 0.975]))
     return Ratio(value, float(low), float(high), len(logs))
 
 
-def verdict(ratio: Ratio, bar: float) -> Verdict:
-    """Whether the whole interval lies on one side of the bar, if it is narrow enough to say."""
+def verdict(ratio: Ratio, bar: float, at_most: bool = False) -> Verdict:
+    """Whether the whole interval lies on one side of the bar, if it is narrow enough to say.
+
+    bar: the least that the ratio may be, or the most.
+    """
     if not (ratio.high - ratio.low) / 2 <= MAX_HALF_WIDTH:  # also true of NaN
         return Verdict.WIDE
-    if ratio.low >= bar:
+    holds, fails = ratio.low >= bar, ratio.high < bar
+    if at_most:
+        holds, fails = ratio.high <= bar, ratio.low > bar
+    if holds:
         return Verdict.HOLDS
-    return Verdict.FAILS if ratio.high < bar else Verdict.UNKNOWN
+    return Verdict.FAILS if fails else Verdict.UNKNOWN
 
 
 def spread(values: Sequence[float]) -> float:

@@ -1,22 +1,19 @@
-"""Steering at work: one question, answered by SmolLM2 as it is and in two steered ways.
+"""Steering at work: one question, answered by SmolLM2 as it is and in two steered ways; a picture.
 
     python -m headway.server.demo
 
 Starts `headway serve`, asks over the OpenAI client and ends the server. The unsteered and the
-first steered request run at the same time, in one batch; the last one is streamed.
+first steered request run at the same time, in one batch; the last one is streamed. Then the same
+for a picture (`image_demo.py`), which is saved with its answers.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,9 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import httpx
-from tqdm import tqdm
-
+from headway.server import image_demo, launch
 from headway.server.models.smollm2 import ensure_smollm2
 
 MODEL = "smollm2"
@@ -48,8 +43,6 @@ PRESET_FILE = {
         }
     ],
 }
-START_SECONDS = 240
-STOP_SECONDS = 60
 
 
 class DemoError(RuntimeError):
@@ -73,11 +66,19 @@ def main() -> int:
             with serve(Path(folder), log) as url:
                 answers = ask(url)
             check(answers)
+            show(answers)
+            rows = image_demo.run(Path(folder), log)
         except Exception as error:
             if log.exists():
                 print(f"the end of the server's log:\n{log.read_text()[-4000:]}", file=sys.stderr)
             print(f"the demo failed: {error}", file=sys.stderr)
             return 1
+    image_demo.show(rows)
+    return 0
+
+
+def show(answers: Sequence[Answer]) -> None:
+    """Print the answers side by side, and what the server reports of their steering."""
     width = shutil.get_terminal_size((100, 24)).columns
     print(f"\nQuestion: {QUESTION}\n")
     print(side_by_side(answers, width))
@@ -85,64 +86,22 @@ def main() -> int:
         if answer.steering is not None:
             print(f"\n{answer.title}, as the server reports it:")
             print(textwrap.indent(echo_lines(answer.steering, width - 2), "  "))
-    return 0
+    print(flush=True)
 
 
 @contextmanager
 def serve(folder: Path, log: Path) -> Iterator[str]:
-    """A Headway server on a free port; yields its URL once it answers, and ends it.
+    """A Headway server of SmolLM2 with the preset; yields its URL once it answers, and ends it.
 
-    Raises DemoError if it does not start, or does not end by itself with exit code 0.
+    Raises LaunchError if it does not start, or does not end by itself with exit code 0.
     """
     preset = folder / "preset.json"
     preset.write_text(json.dumps(PRESET_FILE))
-    port = free_port()
-    command = [sys.executable, "-P", "-m", "headway.server.cli", "serve", str(ensure_smollm2())]
-    command += ["--served-model-name", MODEL, "--max-model-len", "2048", "--enforce-eager"]
-    command += ["--max-num-seqs", "8", "--steering-preset", f"{PRESET}={preset}"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        # The worker lives in the engine's process: one interpreter fewer to start.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **os.environ,
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(process, url)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            code = process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise DemoError(f"the server did not end within {STOP_SECONDS} s") from None
-    if code != 0:
-        raise DemoError(f"the server ended with exit code {code}")
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Return once the server answers its capabilities. Raises DemoError."""
-    deadline = time.monotonic() + START_SECONDS
+    flags = ["--served-model-name", MODEL, "--max-model-len", "2048", "--enforce-eager"]
+    flags += ["--max-num-seqs", "8", "--steering-preset", f"{PRESET}={preset}"]
     print("starting headway serve on SmolLM2, usually in less than a minute")
-    with tqdm(bar_format="{elapsed}", leave=False, disable=None) as progress:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise DemoError(f"the server ended at its start, exit code {process.returncode}")
-            try:
-                if httpx.get(f"{url}/v1/steering/capabilities").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.5)
-            progress.refresh()
-    raise DemoError(f"the server did not start within {START_SECONDS} s")
+    with launch.serve(ensure_smollm2(), flags, folder, log) as url:
+        yield url
 
 
 def ask(url: str) -> list[Answer]:
@@ -221,14 +180,6 @@ def echo_lines(steering: dict[str, Any], width: int) -> str:
         for line in lines
         for wrapped in textwrap.wrap(line, width, subsequent_indent=" " * 13)
     )
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _request() -> dict[str, Any]:

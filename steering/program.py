@@ -165,9 +165,9 @@ class SteeringProgram:
     @property
     def scopes(self) -> tuple[QueryScope, ...]:
         """Of the head edits, then of the residual edits, then of the selection of heads."""
-        edits = (*self.head_edits, *self.residual_edits)
-        selection = () if self.head_selection is None else (QueryScope.ALL,)
-        return (*(edit.scope for edit in edits), *selection)
+        scopes = [edit.scope for edit in self.head_edits]
+        scopes += [edit.scope for edit in self.residual_edits]
+        return (*scopes, *([QueryScope.ALL] if self.head_selection else []))
 
     def mentions(self, tag: KeyTag) -> bool:
         """Whether a key class of any edit asks for this tag."""

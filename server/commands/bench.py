@@ -9,14 +9,21 @@ from importlib import import_module
 BENCHMARKS = {
     "overhead": "tokens/s of an idle and of a steering Headway engine, relative to stock vLLM",
     "kernels": "the Triton kernels: timed on a CUDA device, or compiled and modelled without one",
+    "quality": "what steering does to answers: hallucinated objects (POPE, CHAIR), perplexity",
+    "head-selection": "time to first token and tokens/s where VHR chooses heads by the prompt",
 }
-"""Name -> one line of help; a benchmark is the module of its name in `headway.benchmarks`."""
+"""Name -> one line of help."""
+
+
+def module_of(name: str) -> str:
+    """The module in `headway.benchmarks` that a benchmark is."""
+    return name.replace("-", "_")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the named benchmark with the remaining options."""
     if argv and argv[0] in BENCHMARKS:
-        benchmark = import_module(f"headway.benchmarks.{argv[0]}")
+        benchmark = import_module(f"headway.benchmarks.{module_of(argv[0])}")
         code: int = benchmark.main(argv[1:])
         return code
     width = max(map(len, BENCHMARKS))
@@ -24,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="headway bench",
         usage="headway bench [-h] NAME ...",
-        description="Measure the cost of steering on this machine.",
+        description="Measure what steering costs on this machine, and what it does to answers.",
         epilog="\n".join(["benchmarks:", *lines, "", "headway bench NAME --help: its options."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

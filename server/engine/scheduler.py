@@ -30,9 +30,7 @@ class _EndsFailedRequests(RunsTextPasses):
             self.text_passes.failed(request_id)
         if failed:
             end_requests(self, failed, model_runner_output)
-        return super().update_from_output(  # type: ignore[misc]
-            scheduler_output, model_runner_output
-        )
+        return super().update_from_output(scheduler_output, model_runner_output)
 
 
 class SteeringScheduler(_EndsFailedRequests, Scheduler):

@@ -47,7 +47,13 @@ class SteeredRequest:
     @property
     def must_choose(self) -> bool:
         """Whether its heads are still to be chosen."""
-        return self.program.head_selection is not None and self.chosen is None
+        return bool(self.unchosen_layers)
+
+    @property
+    def unchosen_layers(self) -> tuple[int, ...]:
+        """The layers whose heads are still to be chosen."""
+        selection = self.program.head_selection
+        return selection.layers if selection is not None and self.chosen is None else ()
 
     def prepare(
         self,

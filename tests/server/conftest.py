@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from headway.server.demo import free_port
+from headway.server.launch import free_port
 
 PRESETS = {
     "quiet": {

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from headway.server.demo import free_port
+from headway.server.launch import free_port
 from headway.server.models.smollm2 import ensure_smollm2
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -26,7 +26,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("images")
     model = tiny_llava.build(folder / "model")
     flags = ("--served-model-name", NAME, "--dtype", "float32", "--enforce-eager")
-    yield from running_server(folder, model, (*flags, "--max-model-len", "512"))
+    sizes = ("--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "8")
+    yield from running_server(folder, model, (*flags, *sizes))
 
 
 def picture(seed: int) -> dict[str, Any]:
@@ -77,11 +78,44 @@ def test_several_images_and_a_stream(images: Server) -> None:
     assert chunks[-1]["steering"]["fingerprint"] == answer["steering"]["fingerprint"]
 
 
+def test_heads_chosen_by_the_prompt_are_told_and_repeat_the_answer(images: Server) -> None:
+    auto = {"method": "vhr", "alpha": 2.0, "heads": "auto", "layers": [0, 1, 3]}
+    parts = (picture(3), "What is it?")
+    plain = post(images, CHAT, body(*parts))
+    answer = post(images, CHAT, body(*parts, n=2, steering={"methods": [auto]}))
+    (method,) = answer["steering"]["methods"]
+    heads = method["heads"]
+    assert {layer for layer, _ in heads} == {0, 1, 3}
+    assert method["positions_edited"] == answer["steering"]["positions_computed"]
+    assert answer["steering"]["sequences"] == 2
+    assert logprobs(answer) != pytest.approx(logprobs(plain), abs=1e-4)
+    given = {"method": "vhr", "alpha": 2.0, "heads": heads}
+    again = post(images, CHAT, body(*parts, steering={"methods": [given]}))
+    assert text_of(again) == text_of(answer)
+    assert logprobs(again) == pytest.approx(logprobs(answer), abs=1e-4)
+    lines = events(images, CHAT, body(*parts, stream=True, steering={"methods": [auto]}))
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    assert chunks[-1]["steering"]["methods"][0]["heads"] == heads
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_too_long_to_choose_heads_by_is_refused(images: Server, stream: bool) -> None:
+    parts = (picture(3), "word " * 300)
+    asked = body(*parts, stream=stream, steering={"methods": [VAR, {"method": "vhr"}]})
+    response = images.http.post(CHAT, json=asked)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["reason"], error["param"]) == ("E_PROMPT_TOO_LONG", "steering.methods[1]")
+    assert "at most 249 tokens" in error["message"]
+    assert text_of(post(images, CHAT, body(*parts)))  # in parts, where no heads are chosen
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("method", "parts", "reason", "param"),
     [
         (VAR, ("No picture.",), "E_NO_IMAGE", "steering.methods[0]"),
+        ({"method": "vhr"}, ("No picture.",), "E_NO_IMAGE", "steering.methods[0]"),
         ({**VAR, "p": 0.0}, ("No picture.",), "E_NO_IMAGE", "steering.methods[0]"),
         (
             {"method": "var"},

@@ -1,0 +1,1 @@
+"""How the demo model was trained, stage by stage; `train_demo_vlm` runs them in order."""
