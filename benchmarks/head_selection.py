@@ -37,15 +37,22 @@ from headway.benchmarks.image_questions import (
     OUTPUT_TOKENS,
     Condition,
     ImageEngine,
+    Timing,
 )
-from headway.benchmarks.statistics import paired_median, paired_ratio, spread, verdict
+from headway.benchmarks.statistics import Ratio, paired_median, paired_ratio, spread, verdict
 from headway.server.models.demo_vlm import TOKENS_PER_IMAGE
 
 NAME = "headway bench head-selection"
-ROUNDS, QUICK_ROUNDS = 15, 5
-ASKED = 8
+ROUNDS, QUICK_ROUNDS = 15, 3
+ASKED = 10
 """How often each kind of request is made alone in a round, which also has a batch of two kinds."""
 WARM_UP = 4
+SETTINGS = {
+    "VLLM_PLUGINS": "headway",
+    # A warning for each picture, which writing costs time, while it changes nothing.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Environment of the engine, beside that of the other benchmarks."""
 MAX_FOREIGN_SHARE = 0.10
 """CPU used by other processes, as a share of one core, from which on a warning is due."""
 
@@ -86,10 +93,10 @@ BARS = (
 
 @dataclass
 class Measurement:
-    """Condition -> seconds to the first token, and tokens/s of batches: both in order of time."""
+    """Condition -> times to the first token, and of decoding batches, one after the other."""
 
-    first_token: dict[str, list[float]] = field(default_factory=dict)
-    decode: dict[str, list[float]] = field(default_factory=dict)
+    first_token: dict[str, list[Timing]] = field(default_factory=dict)
+    decode: dict[str, list[Timing]] = field(default_factory=dict)
     foreign_share: float = 0.0
 
 
@@ -104,8 +111,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     on_cuda = cuda_device() is not None
-    # Before vLLM is imported, which reads them.
-    os.environ.update(settings(on_cuda) | {"VLLM_PLUGINS": "headway"})
+    used = settings(on_cuda) | SETTINGS
+    os.environ.update(used)  # before vLLM is imported, which reads them
     try:
         with redirect_stdout(sys.stderr):
             facts, measurement = run(rounds, args.seed)
@@ -113,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
     result = report(measurement, facts | {"rounds": rounds, "seed": args.seed})
-    result |= {"engine_settings": settings(on_cuda), "environment": environment()}
+    result |= {"engine_settings": used, "environment": environment()}
     result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -173,7 +180,7 @@ def warm_up(engine: ImageEngine) -> list[list[int]]:
     for condition in conditions(report.heads) * WARM_UP:
         engine.first_token(condition)
     for condition in BATCHES:
-        engine.decode(condition)
+        engine.decode(condition, WARM_UP)
     return report.heads
 
 
@@ -189,8 +196,8 @@ def measure(engine: ImageEngine, alone: Sequence[Condition], rounds: int, seed: 
             measurement.decode[condition.name].append(engine.decode(condition))
         for _ in range(ASKED):
             for condition in order.sample(alone, len(alone)):
-                seconds, _ = engine.first_token(condition)
-                measurement.first_token[condition.name].append(seconds)
+                timing, _ = engine.first_token(condition)
+                measurement.first_token[condition.name].append(timing)
     foreign = busy_seconds() - busy - (time.process_time() - used)
     measurement.foreign_share = max(0.0, foreign) / (time.perf_counter() - started)
     return measurement
@@ -207,8 +214,8 @@ def report(measurement: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
         "batch": BATCH,
         "output_tokens": OUTPUT_TOKENS,
-        "first_token_seconds": measurement.first_token,
-        "decode_tokens_per_second": measurement.decode,
+        "first_token": _rows(measurement.first_token),
+        "decode": _rows(measurement.decode),
         "comparisons": [compare(bar, measurement) for bar in BARS],
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": warnings,
@@ -219,29 +226,50 @@ def compare(bar: Bar, measurement: Measurement) -> dict[str, Any]:
     """The ratio of a condition to unsteered requests, its interval and what that says of the bar.
 
     Of times to the first token, the median of the ratios of neighbours; of tokens/s their
-    geometric mean.
+    geometric mean. cpu_time: the same of CPU time.
     """
-    if bar.kind == "first token":
-        times = measurement.first_token
-        ratio = paired_median(times[bar.condition], times[UNSTEERED.name])
-    else:
-        speeds = measurement.decode
-        ratio = paired_ratio(speeds[bar.condition], speeds[BATCHES[0].name])
+    ratio, cpu_ratio = (_ratio(bar, measurement, unit) for unit in ("seconds", "cpu_seconds"))
     found = None if bar.bar is None else str(verdict(ratio, bar.bar, bar.at_most))
-    return {**asdict(bar), "at_most": bar.at_most, **asdict(ratio), "verdict": found}
+    return {
+        **asdict(bar),
+        "at_most": bar.at_most,
+        **asdict(ratio),
+        "verdict": found,
+        "cpu_time": asdict(cpu_ratio),
+    }
+
+
+def _ratio(bar: Bar, measurement: Measurement, unit: str) -> Ratio:
+    if bar.at_most:
+        asked, plain = (
+            [float(getattr(timing, unit)) for timing in measurement.first_token[name]]
+            for name in (bar.condition, UNSTEERED.name)
+        )
+        return paired_median(asked, plain)
+    asked, plain = (
+        [timing.tokens / getattr(timing, unit) for timing in measurement.decode[name]]
+        for name in (bar.condition, BATCHES[0].name)
+    )
+    return paired_ratio(asked, plain)
+
+
+def _rows(timings: dict[str, list[Timing]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [asdict(timing) for timing in each] for name, each in timings.items()}
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     facts = result["environment"]
     lines = ["", f"{'time to first token':<42} {'median':>9} {'spread':>8}"]
-    for name, seconds in result["first_token_seconds"].items():
+    for name, rows in result["first_token"].items():
+        seconds = [row["seconds"] for row in rows]
         middle = f"{1000 * float(np.median(seconds)):.1f} ms"
         lines.append(f"{name:<42} {middle:>9} {spread(seconds):>8.1%}")
-    title = f"tokens/s, {result['batch']} requests, once prompts are computed"
-    lines += ["", f"{title:<42} {'mean':>7} {'spread':>8}"]
-    for name, speeds in result["decode_tokens_per_second"].items():
-        lines.append(f"{name:<42} {np.mean(speeds):>9.1f} {spread(speeds):>8.1%}")
+    title = f"tokens/s of {result['batch']} requests, decoding"
+    lines += ["", f"{title:<42} {'mean':>9} {'spread':>8}"]
+    for name, rows in result["decode"].items():
+        speeds = [row["tokens"] / row["seconds"] for row in rows]
+        lines.append(f"{name:<42} {sum(speeds) / len(speeds):>9.1f} {spread(speeds):>8.1%}")
     lines += ["", f"{'relative to unsteered':<42} {'ratio':>7} {'95 % interval':>17} {'bar':>8}"]
     for row in result["comparisons"]:
         what = "time to first token" if row["at_most"] else "tokens/s"
@@ -249,6 +277,10 @@ def table(result: dict[str, Any]) -> str:
         bar = f"{'<=' if row['at_most'] else '>='} {row['bar']:.2f}" if row["bar"] else "control"
         line = f"{what + ', ' + row['condition']:<42} {row['value']:>7.3f} {interval:>17} {bar:>8}"
         lines.append(f"{line}  {row['verdict'] or ''}".rstrip())
+        if facts["cuda_device"] is None:
+            cpu = row["cpu_time"]
+            interval = f"{cpu['low']:.3f} .. {cpu['high']:.3f}"
+            lines.append(f"{'  the same of CPU time':<42} {cpu['value']:>7.3f} {interval:>17}")
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     prompt = f"prompts of {result['prompt_tokens']} tokens, {result['text_tokens']} of them text"
     lines += ["", f"{prompt}; {result['model']}, {result['dtype']}, eager"]

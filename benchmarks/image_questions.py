@@ -59,6 +59,27 @@ class Condition:
         return self.steering is not None and self.steering["methods"][0]["heads"] == "auto"
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Output tokens, and the wall-clock and CPU time of the engine's process they took."""
+
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Clock:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._started, self._cpu = time.perf_counter(), time.process_time()
+
+    def timing(self, tokens: int) -> Timing:
+        """What this many tokens took."""
+        cpu_seconds = time.process_time() - self._cpu
+        return Timing(tokens, time.perf_counter() - self._started, cpu_seconds)
+
+
 def questions(tokenize: Tokenize, seed: int = 0) -> list[str]:
     """Questions in random order, no two alike and all of the same number of tokens.
 
@@ -111,35 +132,35 @@ class ImageEngine:
         passes: int = self.engine.engine_core.engine_core.scheduler.text_passes.passes
         return passes
 
-    def first_token(self, condition: Condition) -> tuple[float, EngineReport | None]:
-        """Ask once: seconds from adding the request to its first token, and what was steered."""
+    def first_token(self, condition: Condition) -> tuple[Timing, EngineReport | None]:
+        """Ask once: from adding the request to its first token, and what was steered."""
         prompt, passes = self._prompt(condition), self.text_passes
-        started = time.perf_counter()
+        clock = Clock()
         request = self._add(prompt, condition, 1)
         outputs: list[Any] = []
         while not outputs:
             outputs = self.engine.step()
-        seconds = time.perf_counter() - started
+        timing = clock.timing(1)
         while self.engine.has_unfinished_requests():
             self.engine.step()
         (report,) = self._check(condition, [request], outputs, passes)
-        return seconds, report
+        return timing, report
 
-    def decode(self, condition: Condition) -> float:
-        """Ask a batch: output tokens per second, all together, once all have their first token."""
+    def decode(self, condition: Condition, output_tokens: int = OUTPUT_TOKENS) -> Timing:
+        """Ask a batch: the output tokens of all together, once each has its first."""
         prompts, passes = [self._prompt(condition) for _ in range(BATCH)], self.text_passes
-        requests = [self._add(prompt, condition, OUTPUT_TOKENS) for prompt in prompts]
+        requests = [self._add(prompt, condition, output_tokens) for prompt in prompts]
         latest: dict[str, Any] = {}
         while len(latest) < BATCH:
             latest |= {output.request_id: output for output in self.engine.step()}
-        started, before = time.perf_counter(), _num_tokens(latest)
+        before, clock = _num_tokens(latest), Clock()
         while self.engine.has_unfinished_requests():
             latest |= {output.request_id: output for output in self.engine.step()}
-        seconds = time.perf_counter() - started
+        timing = clock.timing(_num_tokens(latest) - before)
         self._check(condition, requests, list(latest.values()), passes)
-        if _num_tokens(latest) != BATCH * OUTPUT_TOKENS:
+        if _num_tokens(latest) != BATCH * output_tokens:
             raise RuntimeError(f"{condition.name}: a request of the batch failed")
-        return (_num_tokens(latest) - before) / seconds
+        return timing
 
     def _tokenize(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

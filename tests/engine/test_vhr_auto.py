@@ -223,7 +223,7 @@ def test_a_prompt_is_refused_where_it_cannot_run_in_one_step(demo_vlm, asked, ba
     (alone,) = demo_vlm.run([job])
     heads = report_of(demo_vlm, job).heads
     demo_vlm.forget_cache()
-    crowd = [asked[index].job(None, 30) for index in range(15)]
+    crowd = [asked[index].job(None, 12) for index in range(15)]
     job = padded(asked[0], most, steered)
     result = demo_vlm.run([*crowd, job])[-1]
     assert_same(result, alone)

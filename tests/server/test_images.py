@@ -82,12 +82,14 @@ def test_heads_chosen_by_the_prompt_are_told_and_repeat_the_answer(images: Serve
     auto = {"method": "vhr", "alpha": 2.0, "heads": "auto", "layers": [0, 1, 3]}
     parts = (picture(3), "What is it?")
     plain = post(images, CHAT, body(*parts))
-    answer = post(images, CHAT, body(*parts, n=2, steering={"methods": [auto]}))
+    answer = post(images, CHAT, body(*parts, steering={"methods": [auto]}))
     (method,) = answer["steering"]["methods"]
     heads = method["heads"]
     assert {layer for layer, _ in heads} == {0, 1, 3}
     assert method["positions_edited"] == answer["steering"]["positions_computed"]
-    assert answer["steering"]["sequences"] == 2
+    drawn = body(*parts, n=2, seed=1, steering={"methods": [auto]}) | {"temperature": 1.0}
+    several = post(images, CHAT, drawn)["steering"]
+    assert several["sequences"] == 2 and several["methods"][0]["heads"] == heads
     assert logprobs(answer) != pytest.approx(logprobs(plain), abs=1e-4)
     given = {"method": "vhr", "alpha": 2.0, "heads": heads}
     again = post(images, CHAT, body(*parts, steering={"methods": [given]}))

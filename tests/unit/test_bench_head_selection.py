@@ -16,7 +16,13 @@ from tokenizers import Tokenizer
 
 from headway.benchmarks import head_selection
 from headway.benchmarks.head_selection import AUTO, BARS, BATCHES, COLD, EXPLICIT, UNSTEERED, WARM
-from headway.benchmarks.image_questions import Condition, ImageEngine, questions
+from headway.benchmarks.image_questions import (
+    OUTPUT_TOKENS,
+    Condition,
+    ImageEngine,
+    Timing,
+    questions,
+)
 from headway.benchmarks.statistics import Ratio, Verdict, paired_median, verdict
 from headway.server.engine.report import EngineReport
 from headway.server.models.smollm2 import ensure_smollm2
@@ -45,16 +51,16 @@ class FakeEngine:
         )
         self.slower = 1.0
 
-    def first_token(self, condition: Condition) -> tuple[float, EngineReport | None]:
+    def first_token(self, condition: Condition) -> tuple[Timing, EngineReport | None]:
         self.asked.append(condition.name)
         self.slower *= 1.01
         seconds = SECONDS.get(condition.name, 9.0) * self.slower
         report = EngineReport(heads=HEADS) if condition.chooses else None
-        return seconds, report
+        return Timing(1, seconds, 1.5 * seconds), report
 
-    def decode(self, condition: Condition) -> float:
+    def decode(self, condition: Condition, output_tokens: int = OUTPUT_TOKENS) -> Timing:
         self.asked.append("batch")
-        return SPEED[condition.name]
+        return Timing(1008, 1008 / SPEED[condition.name], 1008 / 150)
 
 
 @pytest.fixture
@@ -125,10 +131,10 @@ def test_every_bar_is_about_what_is_measured(engine: type[FakeEngine]) -> None:
 
 def test_neighbours_are_compared_in_random_order(engine: type[FakeEngine]) -> None:
     _, measurement = head_selection.run(3, seed=0)
-    assert {len(times) for times in measurement.first_token.values()} == {24}
+    assert {len(times) for times in measurement.first_token.values()} == {30}
     assert {len(speeds) for speeds in measurement.decode.values()} == {3}
-    asked = [name for name in engine.asked if name != "batch"][-96:]
-    groups = [tuple(asked[at : at + 4]) for at in range(0, 96, 4)]
+    asked = [name for name in engine.asked if name != "batch"][-120:]
+    groups = [tuple(asked[at : at + 4]) for at in range(0, 120, 4)]
     assert all(sorted(group) == sorted(SECONDS) for group in groups)
     assert len(set(groups)) > 4
 
@@ -136,8 +142,8 @@ def test_neighbours_are_compared_in_random_order(engine: type[FakeEngine]) -> No
 def test_more_rounds_than_there_are_questions(
     engine: type[FakeEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert head_selection.main(["--rounds", "42"]) == 1
-    assert "need 1028 questions of 1000" in capsys.readouterr().err
+    assert head_selection.main(["--rounds", "33"]) == 1
+    assert "need 1010 questions of 1000" in capsys.readouterr().err
     assert engine.asked == []
 
 
@@ -229,12 +235,14 @@ def test_the_report_and_its_table(
     assert {"python", "packages", "cpu", "cores", "threads", "commit"} <= set(report["environment"])
     assert (report["prompt_tokens"], report["text_tokens"], report["dtype"]) == (53, 17, "float32")
     assert report["explicit_heads"] == HEADS and report["rounds"] == head_selection.QUICK_ROUNDS
-    assert {len(each) for each in report["first_token_seconds"].values()} == {40}
+    assert {len(each) for each in report["first_token"].values()} == {30}
     rows = report["comparisons"]
     values = [row["value"] for row in rows]
     assert values == pytest.approx([1.25, 1.1, 1.0, 0.985], rel=0.02)
     assert [row["bar"] for row in rows] == [1.35, 1.05, None, 0.97]
     assert [row["verdict"] for row in rows] == ["holds", "fails", None, "holds"]
+    cpu = [row["cpu_time"]["value"] for row in rows]
+    assert cpu == pytest.approx([1.25, 1.1, 1.0, 1.0], rel=0.02)
     printed = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "<= 1.35  holds" in lines["time to first token, auto, text never seen"]
@@ -245,7 +253,7 @@ def test_the_report_and_its_table(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rounds"), [([], 15), (["--quick"], 5), (["--quick", "--rounds", "3"], 3)]
+    ("arguments", "rounds"), [([], 15), (["--quick"], 3), (["--quick", "--rounds", "3"], 3)]
 )
 def test_rounds(
     arguments: list[str],
