@@ -23,7 +23,7 @@ from headway.server.models.demo_vlm import ensure_demo_vlm
 MODEL = "demo-vlm"
 SCENE = ("test_counter", 0)
 ABSENT = "knife"
-STEERING = {"methods": [{"method": "vhr", "alpha": 1.5, "layers": list(range(1, 15))}]}
+STEERING = {"methods": [{"method": "vhr", "alpha": 1.5, "layers": list(range(8, 15))}]}
 FLAGS = [
     *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "512", "--max-num-seqs", "8"),

@@ -242,7 +242,7 @@ def test_quick_is_small_and_the_demo_has_its_own_settings() -> None:
     assert [len(suite.pictures) for suite in quick.suites] == [40]
     assert quick.suites[0].sets == ["partner", "adversarial"]
     vhr = quick.arms[1].methods[0]
-    assert (vhr["alpha"], vhr["layers"]) == (1.5, list(range(1, 15)))
+    assert (vhr["alpha"], vhr["layers"]) == (1.5, list(range(8, 15)))
     assert quick.arms[3].methods == ({"method": "var", "sink_dims": [507], "tau": 20},)
 
 
