@@ -56,9 +56,8 @@ SETTINGS = {
 MAX_FOREIGN_SHARE = 0.10
 """CPU used by other processes, as a share of one core, from which on a warning is due."""
 
-ALPHA, LAYERS = 1.5, list(range(1, 15))
-"""As `headway bench quality` has them for this model."""
-AUTO = {"methods": [{"method": "vhr", "alpha": ALPHA, "layers": LAYERS, "heads": "auto"}]}
+AUTO = {"methods": [{"method": "vhr", "heads": "auto"}]}
+"""The layers are those of the paper: 14 of the demo model's 30."""
 UNSTEERED = Condition("unsteered")
 COLD = Condition("auto, text never seen", AUTO, passes=1)
 WARM = Condition("auto, text known", AUTO, is_known=True)
@@ -159,7 +158,6 @@ def run(rounds: int, seed: int) -> tuple[dict[str, Any], Measurement]:
         "cache_block_size": engine.config.cache_config.block_size,
         "prompt_tokens": engine.prompt_tokens,
         "text_tokens": engine.prompt_tokens - TOKENS_PER_IMAGE,
-        "layers": LAYERS,
         "explicit_heads": heads,
     }
     return facts, measure(engine, conditions(heads), rounds, seed)
@@ -167,7 +165,7 @@ def run(rounds: int, seed: int) -> tuple[dict[str, Any], Measurement]:
 
 def conditions(heads: Sequence[Sequence[int]]) -> list[Condition]:
     """The kinds of requests that are made alone; heads: those named explicitly."""
-    method = {"method": "vhr", "alpha": ALPHA, "heads": [list(head) for head in heads]}
+    method = {"method": "vhr", "heads": [list(head) for head in heads]}
     return [UNSTEERED, COLD, WARM, Condition(EXPLICIT, {"methods": [method]})]
 
 

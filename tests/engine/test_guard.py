@@ -53,10 +53,10 @@ def fail_in_decode(monkeypatch) -> None:
 def fail_in_upload(monkeypatch) -> None:
     original = slots.SlotTables.acquire
 
-    def acquire(self, words, parts):
+    def acquire(self, words, *rest):
         if (words.table == BAD_ALPHA).any():
             raise RuntimeError("injected")
-        return original(self, words, parts)
+        return original(self, words, *rest)
 
     monkeypatch.setattr(slots.SlotTables, "acquire", acquire)
 
