@@ -21,8 +21,8 @@ from headway.server import launch
 from headway.server.models.demo_vlm import ensure_demo_vlm
 
 MODEL = "demo-vlm"
-SCENE = ("test_counter", 105)
-ABSENT = "tree"
+SCENE = ("test_counter", 71)
+ABSENT = "chair"
 STEERING = {"methods": [{"method": "vhr", "alpha": 1.5, "layers": list(range(8, 15))}]}
 FLAGS = [
     *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
