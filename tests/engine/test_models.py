@@ -1,12 +1,10 @@
 """Classes of image models in the real engine: tiny random checkpoints against transformers.
 
-LLaVA-1.5 has the session's engine, which test_var.py and others use; the others have one each for
-the time of their tests.
+LLaVA-1.5 has the session's engine, which test_var.py and others use; the others have one each.
 """
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +30,9 @@ from tests.tiny_models.llava_next import LLAVA_NEXT
 from tests.tiny_models.qwen_vl import QWEN2_5_VL, QWEN2_VL
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+KEPT: list[Harness] = []
+"""Engines that were started here."""
 
 MODELS = [LLAVA, LLAVA_NEXT, QWEN2_VL, QWEN2_5_VL, INTERNVL, INTERNVL_CHAT]
 TOLERANCE = 1e-3
@@ -67,13 +68,9 @@ def served(request, tmp_path_factory):
         kv_cache_memory_bytes=1 << 25,
         limit_mm_per_prompt={"image": 2, "video": 0},
     )
-    served = Served(model, harness, folder, reference)
-    del harness, reference
-    yield served
-    # Not vLLM's shutdown: it would end the process groups that other engines here share.
-    vars(served).clear()
-    gc.unfreeze()  # what vLLM froze when it started
-    gc.collect()
+    # An engine that goes away takes along the process groups that all engines here share.
+    KEPT.append(harness)
+    yield Served(model, harness, folder, reference)
 
 
 def context_of(harness: Harness) -> dict[str, Any]:
