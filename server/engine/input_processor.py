@@ -106,7 +106,9 @@ def carry(request: Any, steering: SteeringRequest | None, input_processor: Any) 
         prompt = Prompt.of_request(request)
         facts = read_prompt(prompt, steering, input_processor)
         if not program.is_identity:
-            keys = cache_keys(program, facts, prompt.digest)
+            # Long prompts take a while to digest, and only a choice of heads depends on all of one.
+            digest = prompt.digest if program.head_selection is not None else ""
+            keys = cache_keys(program, facts, digest)
             if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):
                 message = "edits that depend on the prompt cannot steer a resumable request"
                 raise SteeringError(Reason.UNSUPPORTED, message)
