@@ -1,21 +1,23 @@
-"""Builds the CPU attention kernel with the package; everything else is in pyproject.toml.
+"""Builds the CPU kernels with the package; everything else is in pyproject.toml.
 
-A plain C library that is loaded with ctypes, so that it needs a C compiler but no Python headers.
-Where there is no compiler the installation goes on without it, and Headway on CPU refuses requests
-that edit attention weights.
+Plain C libraries that are loaded with ctypes, so that they need a C compiler but no Python headers.
+Where there is no compiler the installation goes on without them: Headway on CPU then refuses
+requests that edit attention weights, and leaves linear gradients to torch.
 """
 
 from setuptools import Extension, setup
 
-setup(
-    ext_modules=[
-        Extension(
-            "headway.kernels._segment_attention",
-            ["kernels/segment_attention.c"],
-            depends=["kernels/cpu_vectors.h"],
-            # Not linked against an OpenMP library: torch has loaded one, whose threads it shares.
-            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fno-math-errno"],
-            optional=True,
-        )
-    ]
-)
+
+def kernel(name: str) -> Extension:
+    """The library `headway.kernels._<name>`, made of `kernels/<name>.c`."""
+    return Extension(
+        f"headway.kernels._{name}",
+        [f"kernels/{name}.c"],
+        depends=["kernels/cpu_vectors.h"],
+        # Not linked against an OpenMP library: torch has loaded one, whose threads it shares.
+        extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fno-math-errno"],
+        optional=True,
+    )
+
+
+setup(ext_modules=[kernel("segment_attention"), kernel("linear_grad")])
