@@ -14,16 +14,24 @@ from headway.steering.program import (
     HeadEdit,
     QueryScope,
     Readout,
+    SaliencyRule,
     SteeringProgram,
 )
 from headway.steering.registry import parse_method
+from headway.steering.saliency import default_rule
 from headway.steering.schema import SteeringSpec
 
 Presets = Mapping[str, Sequence[dict[str, Any]]]
 """Preset name -> the `methods` list it stands for."""
 
 ENGINE_FEATURES = frozenset(
-    {Feature.HEAD_AFFINE, Feature.HEAD_SELECTION, Feature.ATTENTION_EDIT, Feature.READOUT}
+    {
+        Feature.HEAD_AFFINE,
+        Feature.HEAD_SELECTION,
+        Feature.ATTENTION_EDIT,
+        Feature.SAMPLING_GATE,
+        Feature.READOUT,
+    }
 )
 """What Headway's engine can do today."""
 
@@ -50,6 +58,7 @@ def compile_spec(
     ]
     refuse_conflicts(parts)
     edits = compose([edit for _, _, part in parts for edit in part.head_edits])
+    saliency = _saliency(spec, geometry, [part for _, _, part in parts])
     marked = [(where, part) for where, _, part in parts if part.marks and _edits(part)]
     program = SteeringProgram(
         head_edits=edits,
@@ -59,10 +68,14 @@ def compile_spec(
         image_param=next((where for where, _, part in parts if part.needs_image), ""),
         head_selection=next((part.head_selection for _, _, part in parts if _selects(part)), None),
         selection_param=next((where for where, _, part in parts if _selects(part)), ""),
-        readouts=_readouts(spec, edits),
+        saliency=saliency,
+        sampling_gate=next(
+            (part.sampling_gate for _, _, part in parts if part.sampling_gate), None
+        ),
+        readouts=_readouts(spec, edits, saliency),
         applied=tuple(_applied(name, part) for _, name, part in parts),
         warnings=tuple(warning for _, _, part in parts for warning in part.warnings),
-        report=spec.report,
+        report=spec.report.level,
     )
     missing = sorted(program.features - ENGINE_FEATURES)
     if missing:
@@ -92,6 +105,9 @@ def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
                 raise SteeringError(Reason.CONFLICT, message, path)
             if _selects(part) and _selects(earlier):
                 raise SteeringError(Reason.CONFLICT, f"{both} both choose heads", path)
+            if part.saliency and earlier.saliency:
+                message = f"{both} both refuse candidates for the next token"
+                raise SteeringError(Reason.CONFLICT, message, path)
             if part.marks and earlier.marks and part.marks != earlier.marks:
                 message = f"{both} emphasise different spans; give all spans to one"
                 raise SteeringError(Reason.CONFLICT, message, path)
@@ -119,16 +135,39 @@ def _edits(part: CompiledMethod) -> bool:
     return not all(edit.words.is_identity for edit in part.head_edits)
 
 
-def _readouts(spec: SteeringSpec, edits: Sequence[HeadEdit]) -> tuple[Readout, ...]:
+def _saliency(
+    spec: SteeringSpec, geometry: ModelGeometry, parts: Sequence[CompiledMethod]
+) -> SaliencyRule | None:
+    """Of the method that has one, where it gates or saliencies are read; else the default."""
+    rule = next((part.saliency for part in parts if part.saliency), None)
+    if spec.report.saliency:
+        return rule or default_rule(geometry)
+    return rule if any(part.sampling_gate for part in parts) else None
+
+
+def _readouts(
+    spec: SteeringSpec, edits: Sequence[HeadEdit], saliency: SaliencyRule | None
+) -> tuple[Readout, ...]:
     edits_attention = not all(edit.words.is_affine for edit in edits)
-    return (Readout.CLASS_MASSES,) if spec.report == "full" and edits_attention else ()
+    full = spec.report.level == "full"
+    wanted = {
+        Readout.CLASS_MASSES: full and edits_attention,
+        Readout.SALIENCY: saliency is not None and (full or spec.report.saliency),
+    }
+    return tuple(readout for readout, asked in wanted.items() if asked)
 
 
 def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
     layers = [edit.words.edits_attention.any(axis=-1) for edit in part.head_edits]
     scope = part.head_edits[0].scope if part.head_edits else QueryScope.ALL
-    attention_layers = int(sum(each.sum() for each in layers))
-    return AppliedMethod(name, part.details, scope, attention_layers, _selects(part))
+    return AppliedMethod(
+        name,
+        part.details,
+        scope if part.saliency is None else None,
+        attention_layers=int(sum(each.sum() for each in layers)),
+        chooses_heads=_selects(part),
+        gates=part.saliency is not None,
+    )
 
 
 def _methods(
@@ -136,6 +175,8 @@ def _methods(
 ) -> tuple[Sequence[dict[str, Any]], str]:
     if spec.methods is not None:
         return spec.methods, f"{param}.methods"
+    if spec.preset is None and spec.report.saliency:
+        return (), param
     if spec.preset is None or spec.preset not in presets:
         known = ", ".join(sorted(presets)) or "none"
         message = f'there is no preset "{spec.preset}"; the presets are: {known}'

@@ -87,14 +87,31 @@ class HeadSelection:
 
 
 @dataclass(frozen=True)
+class SaliencyRule:
+    """Which saliency belongs to a candidate for the token after position t.
+
+    The mean over `layers` and over the history of sum_h |A[t, j] * dL/dA[t, j]|, divided by the L2
+    norm of the sums over all keys j, with L = -log p(candidate). history: OUTPUT, the output
+    positions <= t; AFTER_IMAGE, the positions <= t after the first image that hold no image.
+    """
+
+    layers: tuple[int, ...]
+    history: QueryScope = QueryScope.OUTPUT
+
+
+@dataclass(frozen=True)
 class SamplingGate:
-    """Refuse sampled candidates whose saliency falls short (SGRS); see METHODS for the rule."""
+    """Refuse candidates whose saliency falls short (SGRS, arXiv 2601.20279).
+
+    Candidates are drawn without replacement from the `top_k` most likely tokens, and taken if
+    their saliency is at least alpha times the mean of those of the last `window` tokens taken.
+    After `max_resample` draws the most salient of the `top_k` is taken.
+    """
 
     alpha: float
     top_k: int
     max_resample: int
     window: int
-    layers: tuple[int, ...]
 
 
 class Readout(StrEnum):
@@ -119,15 +136,17 @@ class Feature(StrEnum):
 class AppliedMethod:
     """What one method of the request really does, as reported back to the client.
 
-    scope: the query positions it edits; attention_layers: layers whose attention weights it edits.
-    chooses_heads: whether its heads are known only once the engine has chosen them.
+    scope: the query positions it edits, None where it edits none; attention_layers: layers whose
+    attention weights it edits. chooses_heads: whether its heads are known only once the engine has
+    chosen them. gates: whether it refuses candidates, which the engine counts.
     """
 
     method: str
     details: dict[str, Any]
-    scope: QueryScope = QueryScope.ALL
+    scope: QueryScope | None = QueryScope.ALL
     attention_layers: int = 0
     chooses_heads: bool = False
+    gates: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -146,6 +165,7 @@ class SteeringProgram:
     residual_edits: tuple[ResidualEdit, ...] = ()
     head_selection: HeadSelection | None = None
     selection_param: str = ""  # the method that selects heads, for errors
+    saliency: SaliencyRule | None = None
     sampling_gate: SamplingGate | None = None
     readouts: tuple[Readout, ...] = ()
     applied: tuple[AppliedMethod, ...] = ()
@@ -154,12 +174,12 @@ class SteeringProgram:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the request is served exactly as an unsteered one."""
+        """Whether the engine need not know of it: it is served exactly as an unsteered one."""
         return (
             all(edit.words.is_identity for edit in self.head_edits)
             and not self.residual_edits
             and self.head_selection is None
-            and self.sampling_gate is None
+            and self.saliency is None
         )
 
     @property
@@ -205,6 +225,8 @@ class SteeringProgram:
                 digest.update(np.ascontiguousarray(array + np.float32(0.0)).tobytes())
         rest = (self.sink_rule, self.marks, self.residual_edits, self.sampling_gate)
         digest.update(repr(rest).encode())
+        if self.sampling_gate is not None:
+            digest.update(repr(self.saliency).encode())
         if self.head_selection is not None:
             digest.update(repr(self.head_selection).encode())
         return digest.hexdigest()

@@ -10,6 +10,7 @@ from headway.steering.methods.emphasis import Emphasis
 from headway.steering.methods.head_ablation import HeadAblation
 from headway.steering.methods.head_scale import HeadScale
 from headway.steering.methods.locore import LocoRE
+from headway.steering.methods.sgrs import SGRS
 from headway.steering.methods.var import VAR
 from headway.steering.methods.vhr import VHR
 from headway.steering.validation import validate
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
         VHR,
         VAR,
         LocoRE,
+        SGRS,
         Emphasis,
         HeadScale,
         HeadAblation,

@@ -55,6 +55,8 @@ def validate(model: type[Model], value: Any, param: str, max_bytes: int = MAX_SP
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(model.model_fields)
             message = f"unknown key; the keys here are: {allowed}"
+            if len(problem["loc"]) > 1:  # of a model inside this one
+                message = "unknown key"
         elif problem["type"] != "missing":
             message = f"{message}, got {_short(problem['input'])}"
         raise SteeringError(Reason.BAD_PARAM, message, json_path(param, path)) from None

@@ -6,6 +6,7 @@ little-endian bytes. The engine's MessagePack transport carries bytes as they ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,8 @@ from headway.steering.program import (
     QueryScope,
     Readout,
     ResidualEdit,
+    SaliencyRule,
+    SamplingGate,
     SinkRule,
     SteeringProgram,
 )
@@ -33,6 +36,8 @@ def encode_program(program: SteeringProgram) -> dict[str, Any]:
         "residual_edits": [asdict(edit) for edit in program.residual_edits],
         "head_selection": asdict(program.head_selection) if program.head_selection else None,
         "sink_rule": asdict(program.sink_rule) if program.sink_rule else None,
+        "saliency": _encode_saliency(program.saliency),
+        "sampling_gate": asdict(program.sampling_gate) if program.sampling_gate else None,
         "readouts": [str(readout) for readout in program.readouts],
     }
 
@@ -47,12 +52,18 @@ def decode_program(wire: dict[str, Any], geometry: ModelGeometry) -> SteeringPro
         rule = SinkRule(tuple(int(dim) for dim in rule["dims"]), float(rule["tau"]))
         if not all(0 <= dim < geometry.hidden_size for dim in rule.dims):
             raise ValueError(f"sink dimensions {rule.dims} of {geometry.hidden_size}")
+    saliency = _decode_saliency(wire["saliency"], geometry)
+    readouts = tuple(Readout(name) for name in wire["readouts"])
+    if saliency is None and (wire["sampling_gate"] is not None or Readout.SALIENCY in readouts):
+        raise ValueError("a program that needs a saliency and does not say which")
     return SteeringProgram(
         head_edits=tuple(_decode_edit(edit, geometry) for edit in wire["head_edits"]),
         residual_edits=tuple(_decode_residual(edit, geometry) for edit in wire["residual_edits"]),
         head_selection=_decode_selection(wire["head_selection"], geometry),
         sink_rule=rule,
-        readouts=tuple(Readout(name) for name in wire["readouts"]),
+        saliency=saliency,
+        sampling_gate=_decode_gate(wire["sampling_gate"]),
+        readouts=readouts,
     )
 
 
@@ -70,6 +81,39 @@ def _decode_selection(wire: dict[str, Any] | None, geometry: ModelGeometry) -> H
     if not layers or not 0 <= layers[0] <= layers[-1] < geometry.num_layers:
         raise ValueError(f"a selection of heads in layers {layers} of {geometry.num_layers}")
     return HeadSelection(layers, float(wire["alpha"]), bool(wire["reinforce_baseline"]))
+
+
+def _encode_saliency(rule: SaliencyRule | None) -> dict[str, Any] | None:
+    if rule is None:
+        return None
+    return {"layers": list(rule.layers), "history": str(rule.history)}
+
+
+def _decode_saliency(wire: dict[str, Any] | None, geometry: ModelGeometry) -> SaliencyRule | None:
+    if wire is None:
+        return None
+    rule = SaliencyRule(tuple(int(layer) for layer in wire["layers"]), QueryScope(wire["history"]))
+    distinct = sorted(set(rule.layers))
+    if not distinct or list(rule.layers) != distinct:
+        raise ValueError(f"a saliency of layers {rule.layers}, which do not ascend")
+    if not 0 <= distinct[0] <= distinct[-1] < geometry.num_layers:
+        raise ValueError(f"a saliency of layers {rule.layers} of {geometry.num_layers}")
+    if rule.history not in (QueryScope.OUTPUT, QueryScope.AFTER_IMAGE):
+        raise ValueError(f"a saliency over {rule.history}")
+    return rule
+
+
+def _decode_gate(wire: dict[str, Any] | None) -> SamplingGate | None:
+    if wire is None:
+        return None
+    gate = SamplingGate(
+        float(wire["alpha"]), int(wire["top_k"]), int(wire["max_resample"]), int(wire["window"])
+    )
+    if not math.isfinite(gate.alpha) or gate.alpha < 0.0:
+        raise ValueError(f"a sampling gate of alpha {gate.alpha}")
+    if min(gate.top_k, gate.max_resample, gate.window) < 1:
+        raise ValueError(f"a sampling gate with a count below 1: {gate}")
+    return gate
 
 
 def encode_facts(facts: PromptFacts) -> dict[str, Any]:

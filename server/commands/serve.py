@@ -23,7 +23,7 @@ from headway.server.commands.model import (
     steerable_geometry,
 )
 from headway.server.commands.plugins import VARIABLE, PluginError, allow_headway, own_plugins
-from headway.server.engine.config import KEY
+from headway.server.engine.config import DEFAULT_SGRS_REQUESTS, KEY, SGRS_REQUESTS
 from headway.server.engine.geometry import PROFILES
 from headway.server.http.presets import load_presets, named_file
 
@@ -75,6 +75,14 @@ def build_parser(command: Any) -> Any:
     options = serve.add_argument_group("Headway", "Steering, on top of vLLM's options.")
     add_preset_option(options)
     add_profile_option(options)
+    options.add_argument(
+        "--max-sgrs-requests",
+        type=int,
+        metavar="N",
+        help="How many requests may use `sgrs`, or read saliencies, at a time; others wait. "
+        "0 switches it off and saves the second copy of the weights that it needs on CPU. "
+        f"Default: {DEFAULT_SGRS_REQUESTS}.",
+    )
     return parser
 
 
@@ -100,6 +108,10 @@ def switch_on(args: Namespace) -> None:
             raise ValueError(f"--additional-config: {KEY}.{PROFILES} must map names to paths")
         profiles = add_profiles(profiles, args.steering_profile)
         settings[KEY] = {**settings[KEY], PROFILES: profiles}
+    if args.max_sgrs_requests is not None:
+        if args.max_sgrs_requests < 0:
+            raise ValueError(f"--max-sgrs-requests {args.max_sgrs_requests}: must not be negative")
+        settings[KEY] = {**settings[KEY], SGRS_REQUESTS: args.max_sgrs_requests}
     args.additional_config = settings
 
 

@@ -14,7 +14,9 @@ the hash of a block covers everything that shaped the rows up to its end, and no
   which only prompt tokens can be), the block of that row carries the prompt's length;
 - where heads are chosen by the prompt every row depends on all of it, images included, and the
   first block carries its digest;
-- emphasised positions enter with the block they lie in.
+- emphasised positions enter with the block they lie in;
+- which tokens are taken (sampling gate) and what is only read shape no keys and values: they do not
+  enter, and a request that does nothing else shares its blocks with unsteered ones.
 
 Unsteered requests get vLLM's own keys. So does the caller's `cache_salt`, which stays vLLM's.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -44,7 +47,11 @@ def cache_keys(program: SteeringProgram, facts: PromptFacts, digest: str) -> lis
 
     digest: `prompt_digest` of the prompt.
     """
-    keys = []
+    if program.sampling_gate is not None:
+        program = replace(program, sampling_gate=None, saliency=None)
+    keys: list[tuple[int, str]] = []
+    if not program.scopes and program.sink_rule is None:
+        return keys
     scopes = set(program.scopes)
     starts = [start for scope in scopes for start, _ in scope_ranges(scope, facts)]
     touched = min(starts, default=0)

@@ -129,6 +129,68 @@ def unsupported_residual(vllm_config: Any) -> str | None:
     return None
 
 
+SGRS_REQUESTS = "max_sgrs_requests"
+DEFAULT_SGRS_REQUESTS = 8
+
+DIFFERENTIABLE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "gemma3_text",
+    "qwen2_vl",
+    "qwen2_vl_text",
+    "qwen2_5_vl",
+    "qwen2_5_vl_text",
+)
+"""`model_type` of the text models whose layers the pass for saliencies knows how to run."""
+
+
+def max_sgrs_requests(vllm_config: Any) -> int:
+    """How many requests may have the saliency of their tokens computed at a time; 0 for none.
+
+    The setting `{"headway": {"max_sgrs_requests": N}}`. Raises ValueError if it is no such number.
+    """
+    settings = (getattr(vllm_config, "additional_config", None) or {}).get(KEY) or {}
+    number = settings.get(SGRS_REQUESTS, DEFAULT_SGRS_REQUESTS)
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{KEY}.{SGRS_REQUESTS} must be a whole number of at least 0: {number!r}")
+    return number
+
+
+def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
+    """Why saliencies of candidates cannot be computed in this engine, or None if they can."""
+    if max_sgrs_requests(vllm_config) == 0:
+        return Reason.UNSUPPORTED, "SGRS was switched off (--max-sgrs-requests 0)"
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    if any(getattr(parallel, name, 1) > 1 for name in sizes):
+        message = "SGRS needs one rank, which has the whole model; this engine splits it"
+        return Reason.UNSUPPORTED, message
+    if model.quantization is not None:
+        message = f"SGRS needs weights that are not quantised; these are: {model.quantization}"
+        return Reason.QUANTIZED, message
+    if uses_gpu_runner(vllm_config):
+        return Reason.UNSUPPORTED, "SGRS is not there yet on vLLM's V2 runner and on GPU"
+    if getattr(vllm_config, "lora_config", None) is not None:
+        return Reason.UNSUPPORTED, "SGRS in an engine with LoRA adapters is not supported"
+    text = getattr(model.hf_text_config, "model_type", "")
+    reason = unsupported_structure(str(model.architecture), str(text))
+    return (Reason.UNSUPPORTED, reason) if reason else None
+
+
+def unsupported_structure(architecture: str, model_type: str) -> str | None:
+    """Why the layers of a model cannot be run again for saliencies, or None if they can.
+
+    model_type: of the text model.
+    """
+    if model_type in DIFFERENTIABLE:
+        return None
+    known = ", ".join(DIFFERENTIABLE)
+    return f"SGRS does not know the layers of {model_type} ({architecture}); it knows: {known}"
+
+
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MODELS_WITH_SINK_LOGITS = ("gpt_oss",)
@@ -144,7 +206,10 @@ def cache_layout(dtype: torch.dtype, block_size: int, head_size: int) -> str:
 
 
 def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = "steering") -> None:
-    """Raise SteeringError(E_UNSUPPORTED) for a program that this engine cannot carry out."""
+    """Raise SteeringError for a program that this engine cannot carry out.
+
+    E_UNSUPPORTED, or E_QUANTIZED where the weights are what stands against it.
+    """
     checks = {
         Feature.ATTENTION_EDIT: unsupported_attention,
         Feature.RESIDUAL_EDIT: unsupported_residual,
@@ -152,3 +217,5 @@ def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = 
     for feature, check in checks.items():
         if feature in program.features and (reason := check(vllm_config)):
             raise SteeringError(Reason.UNSUPPORTED, reason, param)
+    if program.saliency is not None and (refusal := unsupported_saliency(vllm_config)):
+        raise SteeringError(*refusal, param)

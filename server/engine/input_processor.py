@@ -109,7 +109,8 @@ def carry(request: Any, steering: SteeringRequest | None, input_processor: Any) 
             # Long prompts take a while to digest, and only a choice of heads depends on all of one.
             digest = prompt.digest if program.head_selection is not None else ""
             keys = cache_keys(program, facts, digest)
-            if request.resumable and (len(keys) > 1 or facts.image_spans or facts.marks):
+            by_prompt = len(keys) > 1 or facts.image_spans or facts.marks or program.saliency
+            if request.resumable and by_prompt:
                 message = "edits that depend on the prompt cannot steer a resumable request"
                 raise SteeringError(Reason.UNSUPPORTED, message)
             extra_args[EXTRA_ARG] = {

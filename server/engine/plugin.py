@@ -12,7 +12,12 @@ from functools import wraps
 from typing import Any
 
 from headway.server.engine import cache_key, input_processor
-from headway.server.engine.config import is_enabled, unsupported_model, uses_gpu_runner
+from headway.server.engine.config import (
+    is_enabled,
+    max_sgrs_requests,
+    unsupported_model,
+    uses_gpu_runner,
+)
 from headway.server.engine.geometry import check_profiles
 
 GPU_WORKER = "headway.server.engine.gpu_worker.HeadwayGPUWorker"
@@ -56,13 +61,14 @@ def enable(vllm_config: Any) -> None:
     """Make an engine configuration use Headway's worker and scheduler (changed in place).
 
     Raises ValueError where the model, the worker or the scheduler is one Headway cannot steer, and
-    for a profile that cannot be used.
+    for a profile or a setting that cannot be used.
     """
     reason = unsupported_model(vllm_config)
     if reason:
         name = vllm_config.model_config.model
         raise ValueError(f"Headway cannot steer {name}: {reason}")
     check_profiles(vllm_config)
+    max_sgrs_requests(vllm_config)  # raises where the setting is no number
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = _replace(parallel.worker_cls, WORKERS, "worker")
     if parallel.worker_cls == GPU_WORKER and vllm_config.model_config.enable_sleep_mode:

@@ -18,6 +18,9 @@ class EngineReport:
     positions_missed: how many lie in the scope of an edit and did not.
     readings: what `RequestReadings.as_dict` tells, where the program reads masses.
     heads: [layer, head] of the heads that were chosen, where the program selects heads.
+    saliency: of each sequence, where the program needs saliencies: `draws`, `refusals`, `fallbacks`
+        and `tokens`, a list of [position, token id, saliency, threshold, draws, refusals,
+        fallback], saliency and threshold None where there is none.
     """
 
     sequences: int = 0
@@ -29,6 +32,7 @@ class EngineReport:
     by_scope: dict[str, int] = field(default_factory=dict)
     readings: dict[str, Any] | None = None
     heads: list[list[int]] = field(default_factory=list)
+    saliency: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -66,6 +70,7 @@ class EngineReport:
             {scope: self.by_scope.get(scope, 0) + other.by_scope.get(scope, 0) for scope in scopes},
             merge_readings([self.readings, other.readings]),
             merge_heads([self.heads, other.heads]),
+            self.saliency + other.saliency,
         )
 
 

@@ -1,4 +1,4 @@
-"""Seam: vLLM's scheduler, which also runs text passes, and ends requests whose steering failed.
+"""Seam: vLLM's scheduler, with text passes, a limit of gated requests, and the end of failed ones.
 
 vLLM symbols relied on: `Scheduler.update_from_output`, `Scheduler.requests`,
 `Scheduler.running`, `Scheduler.kv_cache_manager` (`get_block_ids`, `evict_blocks`, `block_pool`,
@@ -17,13 +17,14 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from headway.server.engine.gated_request_scheduler import LimitsGatedRequests
 from headway.server.engine.text_pass_scheduler import RunsTextPasses
 
 FAILED_REQUESTS = "headway_failed_requests"
 """Attribute of `ModelRunnerOutput`: ids of the requests whose steering failed in this step."""
 
 
-class _EndsFailedRequests(RunsTextPasses):
+class _EndsFailedRequests(LimitsGatedRequests, RunsTextPasses):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         failed = getattr(model_runner_output, FAILED_REQUESTS, ())
         for request_id in failed:

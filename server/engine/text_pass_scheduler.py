@@ -70,12 +70,16 @@ class RunsTextPasses:
     def _first_pair(self: Any) -> tuple[Request, ...]:
         """The first waiting request that must run in one step with its text pass, and that pass."""
         for request in self.waiting:
-            if must_run_at_once(request) and is_paired(request):
+            if must_run_at_once(request) and is_paired(request) and self._may_start(request):
                 text = self.text_passes.pass_of(request)
                 if text is not None and text.status == RequestStatus.WAITING:
                     # In this order: where the first cannot run, the second does not either.
                     return request, text
         return ()
+
+    def _may_start(self, request: Request) -> bool:
+        """Whether a waiting request may run at all; asked where vLLM's own loop does not."""
+        return True
 
     def _fits(self: Any, pair: tuple[Request, ...]) -> bool:
         active = len(self.running) + self.num_waiting_for_streaming_input

@@ -160,6 +160,8 @@ class TextPasses:
                 "residual_edits": [],
                 "head_selection": payload["head_selection"] if baseline else None,
                 "sink_rule": None,
+                "saliency": None,
+                "sampling_gate": None,
                 "readouts": [],
                 "facts": {
                     "prompt_len": len(tokens),

@@ -49,4 +49,6 @@ def cost_class(program: SteeringProgram) -> str:
     """The dearest kind of edit in a program, "none" if it changes nothing."""
     if program.is_identity:
         return "none"
+    if program.saliency is not None:
+        return "sampling"  # reading saliencies takes the same pass as refusing by them
     return next(name for feature, name in COST_CLASSES if feature in program.features)

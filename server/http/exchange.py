@@ -14,7 +14,7 @@ from headway.server.http import metrics
 from headway.server.http.requests import Steerable
 from headway.server.http.state import ResolvedSteering, SteeringState
 from headway.steering import Reason, SteeringError
-from headway.steering.program import AppliedMethod
+from headway.steering.program import AppliedMethod, Readout
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,13 @@ FINGERPRINT_HEADER = "x-headway-fingerprint"
 
 OUTCOMES = ("ok", "failed", "error", "cancelled")
 """How a steered request ends: answered, steering failed, vLLM's own error, client gone."""
+
+SALIENCY_COUNTS = {
+    "draws": metrics.SGRS_DRAWS,
+    "refusals": metrics.SGRS_REFUSALS,
+    "fallbacks": metrics.SGRS_FALLBACKS,
+}
+"""What is counted of the tokens of a sequence that a gate judges."""
 
 DISCARD_SECONDS = 1.0
 _discards: set[asyncio.Task[Any]] = set()
@@ -84,7 +91,7 @@ class Exchange:
                 raise self._failure(report)
         echo = self._echo(report)
         self.state.reports.put(self.request_id, echo)
-        return None if self.steering.spec.report == "none" else echo
+        return None if self.steering.spec.report.level == "none" else echo
 
     async def recorded_failure(self) -> SteeringError | None:
         """Why steering ended the request, if that is what ended it."""
@@ -136,6 +143,10 @@ class Exchange:
             self._report = await self.state.client.pop_report(self.request.report_id)
         except Exception:
             logger.exception("no steering report for request %s", self.request_id)
+        # Here because the workers give a report once, also that of a request whose client left.
+        for sequence in self._report.saliency if self._report else ():
+            for name, counter in SALIENCY_COUNTS.items():
+                counter.inc(sequence[name])
         return self._report
 
     def _failure(self, report: EngineReport | None) -> SteeringError:
@@ -158,7 +169,7 @@ class Exchange:
             "fingerprint": program.fingerprint,
             "identity": program.is_identity,
             "methods": [self._applied(applied, report) for applied in program.applied],
-            "report": spec.report,
+            "report": spec.report.level,
             "positions_edited": report.positions_edited if report else 0,
             "warnings": list(program.warnings),
         }
@@ -168,11 +179,20 @@ class Exchange:
             echo["positions_computed"] = report.positions_computed
             echo["sequences"] = report.sequences
             echo |= attention_echo(report.readings)
+            if Readout.SALIENCY in program.readouts:
+                gated = program.sampling_gate is not None
+                echo["saliency"] = saliency_echo(report.saliency, gated)
         return echo
 
     def _applied(self, applied: AppliedMethod, report: EngineReport | None) -> dict[str, Any]:
         """One method as it was carried out; heads that were chosen in place of how to choose."""
-        echo = {**applied.as_dict(), "positions_edited": self._positions(applied)}
+        echo = applied.as_dict()
+        if applied.scope is not None:
+            echo["positions_edited"] = self._positions(applied)
+        if applied.gates:
+            # Of an identity (a gate that refuses nobody) nothing was drawn.
+            counts = report.saliency if report else []
+            echo |= {name: sum(each[name] for each in counts) for name in SALIENCY_COUNTS}
         if applied.chooses_heads and report is not None:
             echo["heads"] = report.heads
         return echo
@@ -180,7 +200,23 @@ class Exchange:
     def _positions(self, applied: AppliedMethod) -> int:
         """How many positions a method edited."""
         by_scope = self._report.by_scope if self._report else {}
-        return by_scope.get(str(applied.scope), 0)
+        return by_scope.get(str(applied.scope), 0) if applied.scope is not None else 0
+
+
+def saliency_echo(sequences: list[dict[str, Any]], gated: bool) -> list[list[dict[str, Any]]]:
+    """What an answer shows of the saliency of its tokens: a list per sequence.
+
+    Where a gate judged them also the threshold and how many candidates were drawn and refused.
+    """
+    names = ("position", "token_id", "saliency", "threshold", "draws", "refusals", "fallback")
+    shown = names if gated else names[:3]
+    echo = []
+    for sequence in sequences:
+        tokens = [dict(zip(names, token, strict=True)) for token in sequence["tokens"]]
+        for token in tokens:
+            token["fallback"] = bool(token["fallback"])
+        echo.append([{name: token[name] for name in shown} for token in tokens])
+    return echo
 
 
 def attention_echo(readings: dict[str, Any] | None) -> dict[str, Any]:

@@ -42,6 +42,12 @@ UNSTEERED = Counter(
     "headway_unsteered",
     "Steered requests that were found not to be steered as asked; withheld. Must stay 0.",
 )
+SGRS_DRAWS = Counter("headway_sgrs_draws", "Candidates drawn for the next token by SGRS.")
+SGRS_REFUSALS = Counter("headway_sgrs_refusals", "Candidates that SGRS refused.")
+SGRS_FALLBACKS = Counter(
+    "headway_sgrs_fallbacks",
+    "Tokens for which SGRS refused all draws and took the most salient candidate.",
+)
 SLOTS = Gauge(
     "headway_slots",
     "Steering slots of the workers by state.",

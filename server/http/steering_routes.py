@@ -9,7 +9,11 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from headway.server.engine.config import unsupported_attention
+from headway.server.engine.config import (
+    max_sgrs_requests,
+    unsupported_attention,
+    unsupported_saliency,
+)
 from headway.server.http.carriage import CARRIAGES
 from headway.server.http.dry_run import compile_body, cost_class, describe
 from headway.server.http.errors import error_response
@@ -57,6 +61,7 @@ async def capabilities(raw_request: Request) -> JSONResponse:
                 "max_methods": MAX_METHODS,
                 "slots": state.vllm_config.scheduler_config.max_num_seqs,
                 "reports": MAX_REPORTS,
+                "sgrs_requests": max_sgrs_requests(state.vllm_config),
             },
             "engine": _engine(state),
         }
@@ -108,9 +113,12 @@ def _method(method: type[Method]) -> dict[str, Any]:
 
 def _features(state: SteeringState) -> frozenset[Feature]:
     """What this engine can do, with this model and in this dtype."""
+    features = ENGINE_FEATURES
     if unsupported_attention(state.vllm_config):
-        return ENGINE_FEATURES - {Feature.ATTENTION_EDIT, Feature.READOUT}
-    return ENGINE_FEATURES
+        features -= {Feature.ATTENTION_EDIT, Feature.READOUT}
+    if unsupported_saliency(state.vllm_config):
+        features -= {Feature.SAMPLING_GATE}
+    return features
 
 
 def _engine(state: SteeringState) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from pydantic import Field
 
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
-from headway.steering.program import HeadEdit, HeadSelection, SinkRule
+from headway.steering.program import (
+    HeadEdit,
+    HeadSelection,
+    SaliencyRule,
+    SamplingGate,
+    SinkRule,
+)
 from headway.steering.spans import SpanSelector
 from headway.steering.validation import StrictModel
 
@@ -27,11 +33,14 @@ class CompiledMethod:
 
     sink_rule: which tokens its key classes mean by SINK. marks: which spans by EMPHASISED.
     needs_image: whether it means nothing without an image. head_selection: heads to be chosen.
+    saliency: which saliency it means. sampling_gate: which candidates it refuses by it.
     """
 
     head_edits: tuple[HeadEdit, ...] = ()
     head_selection: HeadSelection | None = None
     sink_rule: SinkRule | None = None
+    saliency: SaliencyRule | None = None
+    sampling_gate: SamplingGate | None = None
     marks: tuple[SpanSelector, ...] = ()
     needs_image: bool = False
     details: dict[str, Any] = field(default_factory=dict)

@@ -95,7 +95,7 @@ def test_named_arms() -> None:
     assert plain.methods == ({"method": "vhr", "alpha": 2.0, "heads": "auto"},)
 
 
-@pytest.mark.parametrize("name", ["vhr", "var", "locore", "vhr+locore"])
+@pytest.mark.parametrize("name", ["vhr", "var", "locore", "vhr+locore", "sgrs"])
 def test_what_named_arms_ask_for_is_a_valid_spec(name: str) -> None:
     settings = Settings(vhr_layers=(1, 2), var={"sink_dims": [507], "tau": 20})
     (arm,) = named_arms(name, settings)

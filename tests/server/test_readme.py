@@ -28,12 +28,24 @@ def run(command: list[str], text: str) -> str:
 
 
 def test_curl(server):
-    (example,) = blocks("bash")
+    (example,) = (block for block in blocks("bash") if '"vhr"' in block)
     assert PRINTED_URL in example
     answer = json.loads(run(["bash", "-s"], example.replace(PRINTED_URL, server.url)))
     assert answer["choices"][0]["message"]["content"]
     assert answer["steering"]["methods"][0]["method"] == "vhr"
     assert answer["steering"]["positions_edited"] > 0
+
+
+def test_curl_of_sgrs(server):
+    (example,) = (block for block in blocks("bash") if '"sgrs"' in block)
+    assert PRINTED_URL in example
+    answer = json.loads(run(["bash", "-s"], example.replace(PRINTED_URL, server.url)))
+    (method,) = answer["steering"]["methods"]
+    (tokens,) = answer["steering"]["saliency"]
+    assert len(tokens) == answer["usage"]["completion_tokens"]
+    for total, each in (("draws", "draws"), ("refusals", "refusals"), ("fallbacks", "fallback")):
+        assert method[total] == sum(token[each] for token in tokens)
+    assert method["draws"] >= len(tokens)
 
 
 def test_openai_sdk(server):

@@ -111,7 +111,20 @@ def test_a_plugin_that_does_not_load_ends_the_start(monkeypatch: pytest.MonkeyPa
 
 def arguments(**values: object) -> Namespace:
     settings = {"grpc": False, "model_tag": "m", "additional_config": {}, "steering_profile": []}
+    settings["max_sgrs_requests"] = None
     return Namespace(**settings | values)
+
+
+def test_serve_hands_the_limit_of_sgrs_to_the_engine() -> None:
+    kept = {"headway": {"max_sgrs_requests": 3}}
+    args = arguments(additional_config=kept)
+    serve.switch_on(args)
+    assert args.additional_config == kept
+    args = arguments(additional_config=kept, max_sgrs_requests=0)
+    serve.switch_on(args)
+    assert args.additional_config == {"headway": {"max_sgrs_requests": 0}}
+    with pytest.raises(ValueError, match="--max-sgrs-requests -1"):
+        serve.switch_on(arguments(max_sgrs_requests=-1))
 
 
 def test_serve_enables_headway_and_keeps_other_settings() -> None:
