@@ -99,7 +99,7 @@ def saliencies(
     targets = [run.weights[layer] for layer in layers]
     rows = []
     for candidate in candidates:
-        loss = -torch.log_softmax(logits[loss_row], dim=-1)[candidate]
+        loss = surprise(logits[loss_row], candidate)
         gradients = torch.autograd.grad(loss, targets, retain_graph=True)
         products = [
             (weights * gradient)[0, :, row].abs().sum(0)
@@ -111,8 +111,19 @@ def saliencies(
     return Saliencies(values, found, logits[loss_row].detach())
 
 
+def surprise(logits: torch.Tensor, candidate: int) -> torch.Tensor:
+    """-log p(candidate) = log(1 + sum of exp(logit - the candidate's) over the others).
+
+    Its derivative keeps its digits where p is almost 1, unlike that of a log-softmax.
+    """
+    others = torch.cat([logits[:candidate], logits[candidate + 1 :]])
+    return torch.nn.functional.softplus(others.logsumexp(0) - logits[candidate])
+
+
 def normalised(products: torch.Tensor) -> torch.Tensor:
     """products / || products ||_2 of one row, 0 where the norm is."""
+    # The squares of float32 gradients may be too small for float32.
+    products = products.double()
     norm = products.norm()
     return products / norm if norm > 0 else products
 

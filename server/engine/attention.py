@@ -59,11 +59,19 @@ class SteeringAttention:
             base(None)
             return output
         index = layer_index(layer.layer_name)
-        if plan.attends(index):
-            plan.edit_attention(index, self._call(query, kv_cache, output, attn_metadata), base)
+        attends, tape = plan.attends(index), plan.tape
+        call = None
+        if attends or tape is not None:
+            call = self._call(query, kv_cache, output, attn_metadata)
+        if attends:
+            assert call is not None
+            plan.edit_attention(index, call, base)
         else:
             base(None)
         plan.edit_head_outputs(index, output)
+        if tape is not None:
+            assert call is not None
+            tape.keep_attention(index, call)
         return output
 
     def may_pretend(self, metadata: Any) -> bool:

@@ -11,11 +11,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from headway.kernels.cache_rows import cache_rows
 from headway.kernels.head_affine import Rows, head_affine_
 from headway.kernels.residual_edit import residual_edit_
 from headway.server.engine.attention_layout import AttentionLayout
 from headway.server.engine.head_choice import Gather, choose_heads
 from headway.server.engine.readings import Readings, RequestReadings
+from headway.server.engine.saliency_tape import SaliencyTape
 from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.step_plan import AttentionCall, Scheduled, Span, StepPlan
@@ -254,7 +256,16 @@ class CpuPlanner:
             captures=tuple(step.captures),
             choices=tuple(step.choices),
             scale=self._scale,
+            tape=self._tape(step),
         )
+
+    def _tape(self, step: Scheduled) -> SaliencyTape | None:
+        if not step.saliency_rows or step.rotary_positions is None:
+            return None
+        index = torch.tensor([row.row for row in step.saliency_rows])
+        positions = step.rotary_positions.index_select(-1, index)
+        rows = tuple(step.saliency_rows)
+        return SaliencyTape(self.tables, rows, positions, self.sink_tags.layer, cache_rows)
 
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""

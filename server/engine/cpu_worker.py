@@ -2,7 +2,8 @@
 
 vLLM symbols relied on: `vllm.v1.worker.cpu_worker` (`CPUWorker`, and its module global
 `CPUModelRunner`, swapped for a subclass), and of the runner `load_model`, `_update_states`,
-`_prepare_inputs`, `execute_model`, `sample_tokens`, `input_batch.req_ids` and
+`_prepare_inputs`, `execute_model`, `execute_model_state.logits`, `sample_tokens`,
+`discard_request_mask`, `positions`, `mrope_positions`, `uses_mrope`, `input_batch.req_ids` and
 `num_computed_tokens_cpu`, `CompilationConfig.static_forward_context`,
 `scheduler_output.scheduled_new_reqs` and `finished_req_ids`.
 
@@ -12,13 +13,18 @@ their final order, new ones included.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from headway.server.engine import attention, cpu_attention, layer_boundary
+from headway.server.engine.config import unsupported_saliency
 from headway.server.engine.cpu_plan import CpuPlanner
+from headway.server.engine.cpu_sampling import gated_sampling
+from headway.server.engine.decoder_parts import Decoder, read_decoder
+from headway.server.engine.kept_weights import keeping_weights
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.slots import SlotTables
@@ -32,13 +38,18 @@ class SteeringCPUModelRunner(CPUModelRunner):
     """vLLM's CPU runner, which also keeps the steered requests and plans every step."""
 
     steering: SteeringState
+    decoder: Decoder | None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+        wants_saliency = unsupported_saliency(self.vllm_config) is None
+        with keeping_weights() if wants_saliency else nullcontext():
+            super().load_model(*args, **kwargs)
         tables = worker_tables(SlotTables, self.vllm_config)
         self.steering = SteeringState(tables.geometry, CpuPlanner(tables, gather_heads))
         context = self.vllm_config.compilation_config.static_forward_context
-        layer_boundary.install(self.model, attention.decoder_layers(context, self.model))
+        layers = attention.decoder_layers(context, self.model)
+        layer_boundary.install(self.model, layers)
+        self.decoder = read_decoder(self.model, layers) if wants_saliency else None
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
@@ -48,15 +59,20 @@ class SteeringCPUModelRunner(CPUModelRunner):
             for request in scheduler_output.scheduled_new_reqs:
                 params = request.sampling_params
                 if params is not None and params.extra_args and EXTRA_ARG in params.extra_args:
-                    steering.add(request.req_id, params.extra_args[EXTRA_ARG])
+                    steering.add(request.req_id, params.extra_args[EXTRA_ARG], params)
         return result
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.steering.guard("plan"):
             batch = self.input_batch
+            discarded = self.discard_request_mask.np[: len(batch.req_ids)]
             current.plan = self.steering.plan_step(
-                batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
+                batch.req_ids,
+                num_scheduled_tokens,
+                batch.num_computed_tokens_cpu,
+                ~discarded,
+                self.mrope_positions.gpu if self.uses_mrope else self.positions,
             )
         return result
 
@@ -70,11 +86,18 @@ class SteeringCPUModelRunner(CPUModelRunner):
                     self.steering.close_step(plan)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
+        with self._gated_sampling():
+            output = super().sample_tokens(grammar_output)
         failed = self.steering.take_failed()
         if failed:
             setattr(output, FAILED_REQUESTS, failed)
         return output
+
+    def _gated_sampling(self) -> AbstractContextManager[None]:
+        tape, state = self.steering.take_tape(), self.execute_model_state
+        if tape is None or state is None:
+            return nullcontext()
+        return gated_sampling(self, tape, state.logits)
 
 
 class HeadwayCPUWorker(SteeringRpc, cpu_worker.CPUWorker):

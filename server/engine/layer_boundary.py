@@ -26,9 +26,13 @@ from headway.server.engine.step_plan import current
 def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     """Have the plan of this step, if there is one, edit and observe the stream entering a layer."""
     plan = current.plan
-    if plan is not None and plan.watches_residual:
+    if plan is None:
+        return
+    if plan.watches_residual:
         plan.edit_residual(layer, hidden_states, residual)
         plan.observe_residual(layer, hidden_states, residual)
+    if plan.tape is not None:
+        plan.tape.keep_stream(layer, hidden_states, residual)
 
 
 def _layer_boundary_fake(
@@ -72,7 +76,8 @@ def install(model: torch.nn.Module, attention_layers: dict[str, Any]) -> None:
 
 
 def _watched() -> bool:
-    return current.plan is not None and current.plan.watches_residual
+    plan = current.plan
+    return plan is not None and (plan.watches_residual or plan.tape is not None)
 
 
 def _hook(layer: torch.nn.Module, index: int) -> None:

@@ -19,13 +19,15 @@ import torch
 from headway.server.engine.head_choice import Choice, TextRows, heads_of
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
+from headway.server.engine.saliency_tape import SaliencyRow, SaliencyTape
+from headway.server.engine.sampling_gate import Gates
 from headway.server.engine.sinks import SinkRows
 from headway.server.engine.statistics import StepSeconds
 from headway.server.engine.steered_request import SteeredRequest
 from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
 from headway.steering.artifacts import ResidualArtifact
-from headway.steering.positions import Run, runs
+from headway.steering.positions import Run, runs, scope_ranges
 from headway.steering.program import Readout
 
 logger = logging.getLogger(__name__)
@@ -58,14 +60,17 @@ class SteeringState:
         self.artifacts: dict[str, ResidualArtifact] = {}
         self.texts: dict[str, TextRows] = {}
         self.chosen: dict[str, dict[int, torch.Tensor]] = {}
+        self.gates = Gates()
+        self.tape: SaliencyTape | None = None
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
         self._preempted: set[str] = set()
 
-    def add(self, request_id: str, payload: dict[str, Any]) -> None:
+    def add(self, request_id: str, payload: dict[str, Any], sampling: Any = None) -> None:
         """A new request (or a new turn of a resumable one) with an encoded program.
 
-        One that was preempted comes back with what was counted and read so far.
+        sampling: its vLLM `SamplingParams`, for the seed and the end tokens of a sampling gate. One
+        that was preempted comes back with what was counted and read so far.
         """
         if request_id in self._preempted:
             self._preempted.discard(request_id)
@@ -81,6 +86,8 @@ class SteeringState:
             artifacts = {**known, **self.artifacts}
             request.prepare(payload, self.geometry, self.tables.layers, artifacts)
             request.take_text(payload, self.texts)
+            if request.program.saliency is not None:
+                self.gates.add(request_id, request.report_id, request.program, sampling)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended; their reports stay until asked for."""
@@ -90,6 +97,7 @@ class SteeringState:
             request = self.requests.pop(request_id, None)
             if request is not None:
                 self._release(request)
+                self.gates.remove(request_id)
                 if request.is_text_pass:
                     self.reports.pop(request.report_id, None)
             self._failed.discard(request_id)
@@ -117,10 +125,13 @@ class SteeringState:
         request_ids: Sequence[str],
         num_scheduled_tokens: Sequence[int],
         num_computed_tokens: Sequence[int],
+        samples: Sequence[bool] | None = None,
+        rotary_positions: torch.Tensor | None = None,
     ) -> StepPlan | None:
         """The plan of a step over these requests, in batch order; None if none is steered.
 
-        num_computed_tokens: the position of the first row of each request.
+        num_computed_tokens: the position of the first row of each request. samples: whether a token
+        is drawn from its last one. rotary_positions: int64 [num_tokens] or [3, num_tokens].
         """
         if not self.requests:
             return None
@@ -135,16 +146,19 @@ class SteeringState:
             start += count
         for request_id in self.requests.keys() - {each.request_id for each in scheduled}:
             self._release(self.requests[request_id])
-        step = Scheduled(len(request_ids), start)
+        step = Scheduled(len(request_ids), start, rotary_positions=rotary_positions)
         for each in scheduled:
             self._report(self.requests[each.request_id]).positions_computed += each.count
             with self.guard("slot", [each.request_id]):
                 if each.request_id not in self._failed:
                     self._plan_request(each, step)
+                    if samples is not None and samples[each.index]:
+                        self._plan_saliency(each, step)
         self._join_text_passes(step)
         if step.is_empty:
             return None
         plan = self.planner.plan(step)
+        self.tape = plan.tape
         plan.seconds = time.perf_counter() - started
         return plan
 
@@ -171,7 +185,10 @@ class SteeringState:
             if choice.request_id not in self._failed:
                 self._keep_choice(choice)
         plan.collect()
-        self.step_seconds.observe(plan.seconds)
+        if plan.tape is not None:
+            plan.tape.seconds = plan.seconds  # the step goes on when it samples
+        else:
+            self.step_seconds.observe(plan.seconds)
 
     def take_failed(self) -> tuple[str, ...]:
         """Ids of the requests that failed since this was last asked, for the scheduler to end."""
@@ -187,6 +204,8 @@ class SteeringState:
         readings = self.readings.pop(report_id, None)
         if report is not None and readings is not None:
             report.readings = readings.as_dict(self.tables.heads)
+        if report is not None:
+            report.saliency = self.gates.pop_report(report_id)
         scales = self.chosen.pop(report_id, None)
         if report is not None and scales is not None:
             report.heads = heads_of(scales, self.tables.heads)
@@ -252,6 +271,34 @@ class SteeringState:
         step.readings += readings
         step.mass_rows = mass_rows
 
+    def _plan_saliency(self, each: _Rows, step: Scheduled) -> None:
+        """Ask for the saliencies of the candidates for a request's next token, if it needs them."""
+        request = self.requests[each.request_id]
+        rule, facts = request.program.saliency, request.facts
+        if rule is None:
+            return
+        row, position = each.start + each.count - 1, each.position + each.count - 1
+        spans = [span for span in step.spans if span.request_id == each.request_id]
+        slot = next((span.slot for span in spans if span.start <= row < span.stop), -1)
+        step.saliency_rows.append(
+            SaliencyRow(
+                each.request_id,
+                row,
+                each.index,
+                position,
+                facts.prompt_len,
+                slot,
+                -1 if request.tag_row is None else request.tag_row,
+                rule.layers,
+                scope_ranges(rule.history, facts),
+            )
+        )
+
+    def take_tape(self) -> SaliencyTape | None:
+        """What the step left behind for the saliencies of its rows, once."""
+        tape, self.tape = self.tape, None
+        return tape
+
     def _join_text_passes(self, step: Scheduled) -> None:
         """Have the heads of a text pass scaled with those of the request that it is for."""
         for capture in step.captures:
@@ -307,6 +354,7 @@ class SteeringState:
         while len(self.reports) > MAX_REPORTS:
             forgotten, _ = self.reports.popitem(last=False)
             self.chosen.pop(forgotten, None)
+            self.gates.pop_report(forgotten)
             readings = self.readings.pop(forgotten, None)
             if readings is not None:
                 self.planner.release(readings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from headway.server.engine.head_choice import Capture, Choice, Scale
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.sinks import SinkRows
 from headway.server.engine.slots import SlotTables
+
+if TYPE_CHECKING:
+    from headway.server.engine.saliency_tape import SaliencyRow, SaliencyTape
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Scheduled:
     num_reqs, num_tokens: of the whole batch. positions: of the first row of each span. readings:
     spans with a mass_row, in its order, each with the RequestReadings it adds to and the first of
     its rows that is an output position; mass_rows: how many rows that are. captures, choices: what
-    the choice of heads takes from this step.
+    the choice of heads takes from this step. saliency_rows: the rows whose candidates' saliencies
+    are needed; rotary_positions: int64 [num_tokens] or [3, num_tokens], where there are such.
     """
 
     num_reqs: int = 0
@@ -83,11 +87,13 @@ class Scheduled:
     mass_rows: int = 0
     captures: list[Capture] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    saliency_rows: list[SaliencyRow] = field(default_factory=list)
+    rotary_positions: torch.Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do; choices come with spans."""
-        return not (self.spans or self.sink_rows or self.captures)
+        return not (self.spans or self.sink_rows or self.captures or self.saliency_rows)
 
 
 @dataclass
@@ -98,6 +104,7 @@ class StepPlan(ABC):
     failures: request id -> error, for requests whose edit raised in this step.
     affine_done, attention_done, sinks_done, residual_done: layers at which that ran.
     captures, choices, scale: the choice of heads, and how it is made.
+    tape: what is kept for saliencies, which are computed after the step.
     seconds: time spent in steering code during this step.
     """
 
@@ -113,6 +120,7 @@ class StepPlan(ABC):
     captures: tuple[Capture, ...] = field(default=(), kw_only=True)
     choices: tuple[Choice, ...] = field(default=(), kw_only=True)
     scale: Scale | None = field(default=None, kw_only=True)
+    tape: SaliencyTape | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def attends(self, layer: int) -> bool:

@@ -27,7 +27,8 @@ class Job:
     """One request: a token prompt, how to steer it, and how long the output is.
 
     images: pictures for the `<image>` tokens of the prompt, one each. messages: the texts of the
-    chat messages that the prompt was rendered from.
+    chat messages that the prompt was rendered from. sampling: options of `SamplingParams` other
+    than those of a greedy run to the end. name: how the engine's ids of the request begin.
     """
 
     prompt: list[int]
@@ -36,12 +37,14 @@ class Job:
     cache_salt: str | None = None
     images: list[Any] | None = None
     messages: tuple[str, ...] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     request: SteeringRequest | None = field(default=None, init=False)
+    name: str = field(default="", init=False)
 
 
 @dataclass
 class Result:
-    """Greedy output of a job: tokens and the logprob of each; cached: prompt tokens not run."""
+    """Output of a job: tokens and the logprob of each; cached: prompt tokens not run."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -50,10 +53,11 @@ class Result:
 
 
 def program(
-    *methods: dict[str, Any], geometry: ModelGeometry = GEOMETRY, report: str = "summary"
+    *methods: dict[str, Any], geometry: ModelGeometry = GEOMETRY, report: Any = "summary"
 ) -> SteeringProgram:
     """Compile methods for the test model, or for another geometry."""
-    return compile_spec(parse_spec({"methods": list(methods), "report": report}), geometry)
+    spec = {"methods": list(methods)} if methods else {}
+    return compile_spec(parse_spec({**spec, "report": report}), geometry)
 
 
 def affine_program(edits: Sequence[tuple[int, int, float, Any]]) -> SteeringProgram:
@@ -88,7 +92,7 @@ class Harness:
         preempt_after: Sequence[int] = (),
         stagger: int = 0,
     ) -> list[Result]:
-        """Run jobs together in one batch, greedily.
+        """Run jobs together in one batch, greedily if they do not say otherwise.
 
         step_tokens: most tokens per engine step (chunked prefill); preempt_after: numbers of
         steps after which every running request is preempted and its cache dropped; stagger: steps
@@ -101,9 +105,8 @@ class Harness:
         ids = []
         arrivals = []
         for job in jobs:
-            params = SamplingParams(
-                temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=0
-            )
+            options = {"temperature": 0, "ignore_eos": True, "logprobs": 0, **job.sampling}
+            params = SamplingParams(max_tokens=job.max_tokens, **options)
             if job.program is not None:
                 job.request = SteeringRequest(job.program, job.messages)
                 attach(params, job.request)
@@ -112,7 +115,8 @@ class Harness:
                 prompt["cache_salt"] = job.cache_salt
             if job.images is not None:
                 prompt["multi_modal_data"] = {"image": job.images}
-            ids.append(f"job-{self._next_id}")
+            job.name = f"job-{self._next_id}"
+            ids.append(job.name)
             self._next_id += 1
             arrivals.append((ids[-1], prompt, params))
         finished: dict[str, Any] = {}
