@@ -11,6 +11,7 @@ BENCHMARKS = {
     "kernels": "the Triton kernels: timed on a CUDA device, or compiled and modelled without one",
     "quality": "what steering does to answers: hallucinated objects (POPE, CHAIR), perplexity",
     "head-selection": "time to first token and tokens/s where VHR chooses heads by the prompt",
+    "sgrs": "time per output token with SGRS: to unsteered requests, and to SGRS as published",
 }
 """Name -> one line of help."""
 

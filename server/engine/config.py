@@ -176,6 +176,8 @@ def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
     if getattr(vllm_config, "lora_config", None) is not None:
         return Reason.UNSUPPORTED, "SGRS in an engine with LoRA adapters is not supported"
     text = getattr(model.hf_text_config, "model_type", "")
+    if getattr(model.hf_text_config, "llama_4_scaling", None) is not None:
+        return Reason.UNSUPPORTED, f"SGRS does not know the queries of {text} with llama_4_scaling"
     reason = unsupported_structure(str(model.architecture), str(text))
     return (Reason.UNSUPPORTED, reason) if reason else None
 

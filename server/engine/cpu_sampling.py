@@ -118,6 +118,18 @@ def _processed(
     return torch.where(greedy[:, None], own, drawn), greedy
 
 
+def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, list[int]]:
+    """The highest of some logits, descending, and their tokens; none that is excluded.
+
+    Of equals the lowest token comes first, as where vLLM samples greedily; topk takes any.
+    """
+    row = logits.numpy()
+    least = torch.topk(logits, min(count, len(logits))).values[-1].item()
+    tokens = np.flatnonzero((row >= least) & (row > -np.inf))
+    tokens = tokens[np.argsort(-row[tokens], kind="stable")[:count]]
+    return torch.from_numpy(row[tokens]), tokens.tolist()
+
+
 class GatedStep:
     """The decisions of one step for some of its rows.
 
@@ -177,9 +189,8 @@ class GatedStep:
         if gate.rule is None:
             tokens, order = [sampled], [0]
         else:
-            top = torch.topk(self._processed[index], gate.rule.top_k)
-            shares = torch.softmax(top.values, dim=-1).double().numpy()
-            tokens = top.indices.tolist()
+            values, tokens = _likeliest(self._processed[index], gate.rule.top_k)
+            shares = torch.softmax(values, dim=-1).double().numpy()
             order = gate.order(shares, row.position + 1, self.greedy[index])
         has_history = any(start <= row.position for start, _ in row.history)
         self.tokens.append(tokens)

@@ -13,6 +13,7 @@ their final order, new ones included.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,9 +22,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from headway.server.engine import attention, cpu_attention, layer_boundary
 from headway.server.engine.config import unsupported_saliency
+from headway.server.engine.cpu_generators import only_streams_in_use
 from headway.server.engine.cpu_plan import CpuPlanner
 from headway.server.engine.cpu_sampling import gated_sampling
-from headway.server.engine.decoder_parts import Decoder, read_decoder
+from headway.server.engine.decoder_parts import Decoder, UnknownStructureError, read_decoder
 from headway.server.engine.kept_weights import keeping_weights
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
@@ -32,6 +34,8 @@ from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
 from headway.server.engine.worker_rpc import SteeringRpc
 from headway.server.engine.worker_tables import gather_heads, worker_tables
+
+logger = logging.getLogger(__name__)
 
 
 class SteeringCPUModelRunner(CPUModelRunner):
@@ -49,7 +53,16 @@ class SteeringCPUModelRunner(CPUModelRunner):
         context = self.vllm_config.compilation_config.static_forward_context
         layers = attention.decoder_layers(context, self.model)
         layer_boundary.install(self.model, layers)
-        self.decoder = read_decoder(self.model, layers) if wants_saliency else None
+        self.decoder = self._read_decoder(layers) if wants_saliency else None
+
+    def _read_decoder(self, layers: dict[str, Any]) -> Decoder | None:
+        try:
+            return read_decoder(self.model, layers)
+        except UnknownStructureError as error:
+            # Nobody may ask for it; whoever does gets this for an answer.
+            self.steering.no_saliency = str(error)
+            logger.warning("requests for saliencies will fail: %s", error)
+            return None
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
@@ -86,7 +99,7 @@ class SteeringCPUModelRunner(CPUModelRunner):
                     self.steering.close_step(plan)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        with self._gated_sampling():
+        with only_streams_in_use(self), self._gated_sampling():
             output = super().sample_tokens(grammar_output)
         failed = self.steering.take_failed()
         if failed:

@@ -1,11 +1,12 @@
 """Seam: the parts of vLLM's decoder layers that a saliency pass goes back through.
 
 vLLM symbols relied on: in a decoder layer `input_layernorm`, `post_attention_layernorm`,
-`pre_feedforward_layernorm`, `post_feedforward_layernorm`, `self_attn` (`qkv_proj`, `o_proj`,
-`q_norm`, `k_norm`, `rotary_emb`), `mlp` (`gate_up_proj`, `down_proj`, `act_fn`); `RMSNorm` and
-`GemmaRMSNorm` (`weight`, `variance_epsilon`, `variance_size_override`), `SiluAndMul`, `GeluAndMul`
-(`approximate`), rotary embeddings' `forward_native`, `head_size`, `rotary_dim`, `is_neox_style`; of
-the model `lm_head.weight` and `logits_processor` (`scale`, `soft_cap`, `org_vocab_size`).
+`pre_feedforward_layernorm`, `post_feedforward_layernorm`, `ada_rms_norm_t_cond`, `self_attn`
+(`qkv_proj`, `o_proj`, `q_norm`, `k_norm`, `rotary_emb`, `do_llama_4_scaling`), `mlp`
+(`gate_up_proj`, `down_proj`, `act_fn`); `RMSNorm` and `GemmaRMSNorm` (`weight`,
+`variance_epsilon`, `variance_size_override`), `SiluAndMul`, `GeluAndMul` (`approximate`), rotary
+embeddings' `forward_native`, `head_size`, `rotary_dim`, `is_neox_style`; of the model
+`lm_head.weight` and `logits_processor` (`scale`, `soft_cap`).
 
 Llama, Mistral, Qwen2, Qwen3 and Gemma-3 are made of these, and so are the language parts of models
 with images around them. A layer made of anything else is refused by the name of the module.
@@ -216,6 +217,10 @@ def _has(module: Any, *names: str) -> bool:
 
 def _layer(index: int, layer: Any) -> DecoderLayer:
     attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+    if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
+        raise UnknownStructureError(f"{type(layer).__name__} has an ada_rms_norm_t_cond")
+    if getattr(attention, "do_llama_4_scaling", False):
+        raise UnknownStructureError(f"{type(attention).__name__} scales queries (llama_4_scaling)")
     four_norms = _has(layer, "pre_feedforward_layernorm", "post_feedforward_layernorm")
     before = "pre_feedforward_layernorm" if four_norms else "post_attention_layernorm"
     activation, slope = _activation(_child(mlp, "act_fn"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,10 @@ class Gate:
         left = [index for index, each in enumerate(probabilities) if each > 0]
         if greedy:
             return left
-        stream = np.random.Philox(key=[self.seed, 0], counter=[position, 0, 0, 0])
+        # As arrays, for seeds beyond 2^63; the generator itself counts up in the first word.
+        key, counter = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
+        key[0], counter[1] = self.seed, position
+        stream = np.random.Philox(key=key, counter=counter)
         uniform = np.random.Generator(stream).random(len(left))
         order = []
         for each in uniform:
@@ -76,12 +80,12 @@ class Gate:
     def threshold(self, position: int) -> float:
         """Least saliency of a token at `position`; 0 while nothing was accepted."""
         assert self.rule is not None
-        past = [
+        past = (
             each.saliency
-            for each in self.accepted
+            for each in reversed(self.accepted)
             if each.position < position and each.saliency is not None
-        ]
-        window = past[-self.rule.window :]
+        )
+        window = list(islice(past, self.rule.window))
         return self.rule.alpha * float(np.mean(window)) if window else 0.0
 
     def decide(

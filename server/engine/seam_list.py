@@ -30,6 +30,8 @@ _REGISTRY = "vllm.v1.attention.backends.registry"
 _TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
 _V2 = "vllm.v1.worker.gpu"
 _GPU_WORKER = "vllm.v1.worker.gpu_worker"
+_SAMPLER = "vllm.v1.sample.sampler"
+_LAYERS = "vllm.model_executor.layers"
 
 CPU_MODULES = (_CPU_ATTENTION, _CPU_WORKER, _CPU_RUNNER)
 """Not to be imported where vLLM does not serve on CPU: the worker replaces parts of torch."""
@@ -197,6 +199,44 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),
+    Seam(_RUNNER, "ExecuteModelState", ("logits",)),
+    # gated_request_scheduler.py
+    Seam("vllm.v1.request", "Request.is_finished", ("self",)),
+    Seam("vllm.v1.request", "RequestStatus.RUNNING"),
+    Seam("vllm.v1.request", "RequestStatus.PREEMPTED"),
+    # sampling_gate.py, cpu_sampling.py
+    Seam("vllm", "SamplingParams", ("seed",)),
+    Seam("vllm", "SamplingParams.all_stop_token_ids"),
+    Seam(_SAMPLER, "Sampler.sample", ("self", "logits", "sampling_metadata")),
+    Seam(_SAMPLER, "Sampler.apply_temperature", ("logits", "temp", "all_random")),
+    Seam(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        ("all_greedy", "all_random", "temperature", "top_k", "top_p", "logitsprocs"),
+    ),
+    Seam("vllm.v1.sample.logits_processor", "LogitsProcessor.apply", ("self", "logits")),
+    Seam(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "apply_top_k_top_p_pytorch",
+        ("logits", "k", "p", "allow_cpu_sync"),
+    ),
+    # kept_weights.py
+    Seam(f"{_LAYERS}.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+    # decoder_parts.py
+    Seam(f"{_LAYERS}.layernorm", "RMSNorm", ("hidden_size", "eps", "var_hidden_size")),
+    Seam(f"{_LAYERS}.layernorm", "GemmaRMSNorm", ("hidden_size", "eps")),
+    Seam(f"{_LAYERS}.activation", "SiluAndMul"),
+    Seam(f"{_LAYERS}.activation", "GeluAndMul", ("approximate",)),
+    Seam(
+        f"{_LAYERS}.rotary_embedding",
+        "RotaryEmbedding.forward_native",
+        ("self", "positions", "query", "key"),
+    ),
+    Seam(
+        f"{_LAYERS}.rotary_embedding",
+        "MRotaryEmbedding.forward_native",
+        ("self", "positions", "query", "key"),
+    ),
     # gpu_worker.py, gpu_tables.py
     Seam(_GPU_WORKER, "Worker.init_device", ("self",)),
     Seam(_GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
@@ -260,110 +300,3 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")),
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args")),
 )
-
-ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        _SCHEDULER,
-        "Scheduler",
-        (
-            "self.requests",
-            "self.running",
-            "self.waiting",
-            "self.kv_holding_waiting",
-            "self._inflight_prefills",
-            "self.num_waiting_for_streaming_input",
-            "self.max_num_active_reqs",
-            "self.policy",
-            "self.block_size",
-            "self.kv_cache_manager",
-            "encoder_cache_mismatch_reqs",
-            "self._handle_blocked_waiting_request(request)",
-            "self._try_schedule_encoder_inputs(",
-        ),
-    ),
-    (_KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
-    ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
-    (
-        "vllm.v1.request",
-        "Request",
-        (
-            "self.num_computed_tokens",
-            "self.num_in_flight_tokens",
-            "self.num_preemptions",
-            "self.num_prompt_tokens",
-            "self._block_hasher",
-            "self.arrival_time",
-        ),
-    ),
-    (_RUNNER, "GPUModelRunner", ("self.input_batch", "self._update_states(", "_prepare_inputs(")),
-    (
-        "vllm.v1.worker.gpu_input_batch",
-        "InputBatch",
-        ("def req_ids", "self.num_computed_tokens_cpu"),
-    ),
-    (
-        "vllm.v1.core.kv_cache_utils",
-        "generate_block_hash_extra_keys",
-        ("_gen_prompt_embeds_extra_hash_keys(",),
-    ),
-    (
-        _CPU_ATTENTION,
-        "CPUAttentionBackendImpl",
-        ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
-    ),
-    ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core", "self.input_processor")),
-    (
-        _CPU_WORKER,
-        "CPUWorker",
-        ("CPUModelRunner(self.vllm_config", "self.use_v2_model_runner"),
-    ),
-    (
-        _REGISTRY,
-        "AttentionBackendEnum",
-        (
-            'FLASH_ATTN = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"',
-            'FLASHINFER = "vllm.v1.attention.backends.flashinfer.FlashInferBackend"',
-        ),
-    ),
-    (
-        _TRITON_ATTENTION,
-        "TritonAttentionImpl",
-        (
-            "self.num_heads",
-            "self.head_size",
-            "self.scale",
-            "self.attn_type",
-            "self.logits_soft_cap",
-            "self.sliding_window = (-1, -1)",
-            "self.sliding_window = (sliding_window - 1, 0)",
-            "self.alibi_slopes",
-            "self.sinks",
-            "self.chunk_lookback",
-        ),
-    ),
-    ("vllm.model_executor.layers.attention", "Attention", ("self.attn_backend =",)),
-    (_GPU_WORKER, "Worker", ("self._make_model_runner()", "self.use_v2_model_runner")),
-    (
-        f"{_V2}.model_runner",
-        "GPUModelRunner",
-        (
-            "self.model_state = init_model_state(",
-            "self.finish_requests(",
-            "preempted_req_ids",
-            "self.model_state.add_request(",
-            "self.model_state.preprocess_state(",
-            "self.model_state.initialize_kv_cache(",
-            "self.cudagraph_manager = ModelCudaGraphManager(",
-            "self.cudagraph_manager.run_fullgraph(",
-            "self.cudagraph_manager.run_pw_graph(",
-            "self.attn_groups",
-            "self.max_num_tokens",
-            "self.max_num_reqs",
-            "self.is_last_pp_rank",
-        ),
-    ),
-    (f"{_V2}.model_states", "init_model_state", ("resolve_model_state_cls(",)),
-    (f"{_V2}.block_table", "BlockTables", ("self.slot_mappings",)),
-    (f"{_V2}.async_utils", "AsyncOutput", ("self.model_runner_output",)),
-)
-"""Instance attributes and calls, which only the source tells: (module, name in it, words)."""

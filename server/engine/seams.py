@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from headway.server.engine.seam_list import ATTRIBUTES, CPU_MODULES, SEAMS, Seam
+from headway.server.engine.seam_attributes import ATTRIBUTES
+from headway.server.engine.seam_list import CPU_MODULES, SEAMS, Seam
 
 SUPPORTED = "0.32."
 """Prefix of the vLLM versions that Headway supports."""

@@ -62,6 +62,7 @@ class SteeringState:
         self.chosen: dict[str, dict[int, torch.Tensor]] = {}
         self.gates = Gates()
         self.tape: SaliencyTape | None = None
+        self.no_saliency = ""
         self.step_seconds = StepSeconds()
         self._failed: set[str] = set()
         self._preempted: set[str] = set()
@@ -87,6 +88,8 @@ class SteeringState:
             request.prepare(payload, self.geometry, self.tables.layers, artifacts)
             request.take_text(payload, self.texts)
             if request.program.saliency is not None:
+                if self.no_saliency:
+                    raise RuntimeError(self.no_saliency)
                 self.gates.add(request_id, request.report_id, request.program, sampling)
 
     def remove(self, request_ids: Iterable[str]) -> None:

@@ -81,3 +81,14 @@ def test_preemption_keeps_what_was_accepted(harness, prompts):
     for row, other in zip(undisturbed["tokens"], preempted["tokens"], strict=True):
         assert row[:2] + row[4:] == other[:2] + other[4:]
         assert row[2:4] == pytest.approx(other[2:4], rel=1e-3)
+
+
+@pytest.mark.parametrize("steered", [None, program(SGRS)], ids=["unsteered", "gated"])
+def test_a_seed_survives_a_prompt_computed_in_parts(harness, prompts, steered):
+    """Nothing is drawn from the request's stream before its first token."""
+    results = []
+    for step_tokens in (None, 19):
+        harness.forget_cache()
+        job = Job(prompts[9] * 2, steered, 8, sampling={"temperature": 1.5, "seed": 8})
+        results.append(harness.run([job], step_tokens=step_tokens)[0].tokens)
+    assert results[0] == results[1]
