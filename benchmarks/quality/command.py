@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from headway.benchmarks.engine import SERVER_SETTINGS
 from headway.benchmarks.environment import environment
 from headway.benchmarks.quality import methods
 from headway.benchmarks.quality.client import CONCURRENCY, Client, EndpointError
@@ -44,11 +45,6 @@ DEMO_FLAGS = (
     # Small enough for the questions about a picture to share most of its tokens in the cache.
     *("--block-size", "32"),
 )
-DEMO_ENVIRONMENT = {
-    # No core for the HTTP server alone: it has little to do, and two cores are common.
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -168,7 +164,7 @@ def endpoint(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="headway-bench-") as scratch:
         try:
             model = ensure_demo_vlm()
-            with serve(model, DEMO_FLAGS, Path(scratch), log, DEMO_ENVIRONMENT) as url:
+            with serve(model, DEMO_FLAGS, Path(scratch), log, SERVER_SETTINGS) as url:
                 yield url
         except LaunchError as error:
             raise LaunchError(f"{error}; see {log}") from None
