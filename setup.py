@@ -2,7 +2,8 @@
 
 Plain C libraries that are loaded with ctypes, so that they need a C compiler but no Python headers.
 Where there is no compiler the installation goes on without them: Headway on CPU then refuses
-requests that edit attention weights, and leaves linear gradients to torch.
+requests that edit attention weights, and leaves linear gradients and products with the cache to
+torch.
 """
 
 from setuptools import Extension, setup
@@ -20,4 +21,4 @@ def kernel(name: str) -> Extension:
     )
 
 
-setup(ext_modules=[kernel("segment_attention"), kernel("linear_grad")])
+setup(ext_modules=[kernel("segment_attention"), kernel("linear_grad"), kernel("cache_products")])

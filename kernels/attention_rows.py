@@ -26,10 +26,12 @@ Saliency: `saliency_row.py` has the formula and its source; here A is w, the wei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from headway.kernels.cache_products import CacheProducts
 from headway.kernels.head_word import Field, Tag
 
 # Of the columns up to MIN_IMAGE_REST: what leaves a head's weights alone.
@@ -51,56 +53,39 @@ class RowEdits:
 class AttentionRows:
     """One query row of each of several sequences, over all of that sequence's keys.
 
-    query: [num_rows, num_heads, head_size]. key: [num_rows, num_kv_heads, head_size, num_keys].
-    value: [num_rows, num_kv_heads, num_keys, head_size]. Any float dtype, computed in float32.
-    seq_lens: int64 [num_rows]: row r is the query at position seq_lens[r] - 1. Keys from there on,
-    and before the sliding window, are padding that may hold anything, NaN included.
-    soft_cap, sliding_window: none if <= 0. edits: None where no row has its weights edited.
+    query: [num_rows, num_heads, head_size], any float dtype; all is computed in float32. cache:
+    products with the keys and values of row r, cache.lengths[r] of them: the row is the query at
+    the last one's position. Those that a sliding window leaves out must be finite. soft_cap,
+    sliding_window: none if <= 0. edits: None where no row has its weights edited.
 
-    weights: float32 [num_rows, num_heads, num_keys], those really applied, 0 at padding.
-    output: float32 [num_rows, num_heads, head_size], sum_j w_j v_j, before any affine step.
-
-    Raises ValueError if a length is not in 1 .. num_keys.
+    weights: float32 [num_rows, num_heads, cache.num_keys], those really applied, 0 at padding.
     """
 
     def __init__(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seq_lens: Tensor,
+        cache: CacheProducts,
         softmax_scale: float,
         soft_cap: float = 0.0,
         sliding_window: int = -1,
         edits: RowEdits | None = None,
     ) -> None:
-        num_rows, num_heads, head_size = query.shape
-        num_kv_heads, num_keys = key.shape[1], key.shape[3]
-        lengths = seq_lens.tolist()
-        if lengths and not 1 <= min(lengths) <= max(lengths) <= num_keys:
-            raise ValueError(f"lengths must be in 1 .. {num_keys}: {lengths}")
-        self._shape = num_rows, num_heads, num_kv_heads, head_size, num_keys
+        num_keys, seq_lens = cache.num_keys, cache.lengths
+        self._cache = cache
         windowed = 0 < sliding_window < num_keys
-        padded = windowed or any(length < num_keys for length in lengths)
+        padded = windowed or cache.is_ragged
         distance = hidden = self._last = None
         if padded or edits is not None:
-            distance = (seq_lens - 1)[:, None] - torch.arange(num_keys, device=seq_lens.device)
+            distance = (seq_lens - 1)[:, None] - torch.arange(num_keys)
         if padded and distance is not None:
             hidden = distance < 0
             if windowed:
                 hidden |= distance >= sliding_window
-            # Zeros and not only weights of 0, for 0 * NaN is NaN.
-            key = key.masked_fill(hidden[:, None, None, :], 0.0)
-            value = value.masked_fill(hidden[:, None, :, None], 0.0)
-            self._last = torch.arange(num_rows, device=seq_lens.device), seq_lens - 1
+            self._last = torch.arange(len(query)), seq_lens - 1
 
-        batch, group = num_rows * num_kv_heads, num_heads // num_kv_heads
         self._factor = softmax_scale / soft_cap if soft_cap > 0 else softmax_scale
-        self._query = (query.float() * self._factor).reshape(batch, group, head_size)
-        self._key = key.float().reshape(batch, head_size, num_keys)
-        self._value = value.float().reshape(batch, num_keys, head_size)
-
-        logits = torch.bmm(self._query, self._key).view(num_rows, num_heads, num_keys)
+        self._query = query.float() * self._factor
+        logits = cache.with_keys(self._query[:, :, None])[:, :, 0]
         slope = None
         if soft_cap > 0:
             tanh = torch.tanh(logits)
@@ -113,9 +98,12 @@ class AttentionRows:
         else:
             self._mixing = _edited(logits, edits, distance, hidden, slope)
         self.weights = self._mixing.weights
-        output = torch.bmm(self.weights.view(batch, group, num_keys), self._value)
-        self.output = output.view(num_rows, num_heads, head_size)
         self._products: _Products | None = None
+
+    @cached_property
+    def output(self) -> Tensor:
+        """float32 [num_rows, num_heads, head_size], sum_j w_j v_j, before any affine step."""
+        return self._cache.mix_values(self.weights[:, :, None])[:, :, 0]
 
     def saliency(self, grad_output: Tensor) -> Tensor:
         """sum over heads of |w * dL/dw|, float32 [num_rows, num_candidates, num_keys].
@@ -133,40 +121,23 @@ class AttentionRows:
         head_size], and grad_key, grad_value, [num_rows, num_candidates, num_kv_heads, head_size];
         all float32.
         """
-        num_rows, num_heads, num_kv_heads, head_size, num_keys = self._shape
-        batch, group = num_rows * num_kv_heads, num_heads // num_kv_heads
-        num_candidates = grad_output.shape[1]
         products = self._against(grad_output)
         grad_logits = self._mixing.backward(products)
+        grad_query = self._cache.mix_keys(grad_logits).mul_(self._factor)
 
-        grad_query = torch.bmm(
-            grad_logits.view(batch, group * num_candidates, num_keys), self._key.transpose(1, 2)
-        ).mul_(self._factor)
-        own_logit = self._own(grad_logits).reshape(batch, group, num_candidates)
-        grad_key = torch.bmm(own_logit.transpose(1, 2), self._query)
-        own_weight = self._own(self.weights).reshape(batch, 1, group)
-        grad_rows = products.grad_rows.reshape(batch, group, num_candidates * head_size)
-        grad_value = torch.bmm(own_weight, grad_rows)
-
-        by_kv_head = num_rows, num_kv_heads, num_candidates, head_size
-        by_head = num_rows, num_heads, num_candidates, head_size
-        return (
-            grad_query.view(by_head).transpose(1, 2),
-            grad_key.view(by_kv_head).transpose(1, 2),
-            grad_value.view(by_kv_head).transpose(1, 2),
-        )
+        # [num_rows, num_kv_heads, group, ..]: the heads of a group share their key and value.
+        by_group = self._cache.num_kv_heads, self._query.shape[1] // self._cache.num_kv_heads
+        own_logit = self._own(grad_logits).unflatten(1, by_group)
+        grad_key = own_logit.transpose(2, 3) @ self._query.unflatten(1, by_group)
+        own_weight = self._own(self.weights).unflatten(1, by_group)[..., None, None]
+        grad_value = (own_weight * products.grad_rows.unflatten(1, by_group)).sum(2)
+        return grad_query.transpose(1, 2), grad_key.transpose(1, 2), grad_value.transpose(1, 2)
 
     def _against(self, grad_output: Tensor) -> _Products:
         """The products of grad_output with the values, kept for the next call with the same one."""
         if self._products is None or self._products.grad_output is not grad_output:
-            num_rows, num_heads, num_kv_heads, head_size, num_keys = self._shape
-            num_candidates = grad_output.shape[1]
-            rows = num_heads // num_kv_heads * num_candidates
-            # Heads outside, candidates inside: then the heads of a group are one product's rows.
             grad_rows = grad_output.float().transpose(1, 2)
-            grad_rows = grad_rows.reshape(num_rows * num_kv_heads, rows, head_size)
-            grad_weights = torch.bmm(grad_rows, self._value.transpose(1, 2))
-            grad_weights = grad_weights.view(num_rows, num_heads, num_candidates, num_keys)
+            grad_weights = self._cache.with_values(grad_rows)
             weighted = grad_weights * self.weights[:, :, None]
             self._products = _Products(grad_output, grad_rows, grad_weights, weighted)
         return self._products
@@ -184,7 +155,7 @@ class _Products:
     """What both the saliencies and the gradients of one grad_output begin with."""
 
     grad_output: Tensor
-    grad_rows: Tensor  # [num_rows * num_kv_heads, group * num_candidates, head_size]
+    grad_rows: Tensor  # [num_rows, num_heads, num_candidates, head_size]
     grad_weights: Tensor  # dL/dw, [num_rows, num_heads, num_candidates, num_keys]
     weighted: Tensor  # w * dL/dw, likewise
 

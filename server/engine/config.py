@@ -219,5 +219,8 @@ def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = 
     for feature, check in checks.items():
         if feature in program.features and (reason := check(vllm_config)):
             raise SteeringError(Reason.UNSUPPORTED, reason, param)
+    if program.saliency is not None and program.residual_edits:
+        message = "SGRS does not go back through edits of the residual stream"
+        raise SteeringError(Reason.UNSUPPORTED, message, param)
     if program.saliency is not None and (refusal := unsupported_saliency(vllm_config)):
         raise SteeringError(*refusal, param)

@@ -11,7 +11,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from headway.kernels.cache_rows import cache_rows
 from headway.kernels.head_affine import Rows, head_affine_
 from headway.kernels.residual_edit import residual_edit_
 from headway.server.engine.attention_layout import AttentionLayout
@@ -265,7 +264,7 @@ class CpuPlanner:
         index = torch.tensor([row.row for row in step.saliency_rows])
         positions = step.rotary_positions.index_select(-1, index)
         rows = tuple(step.saliency_rows)
-        return SaliencyTape(self.tables, rows, positions, self.sink_tags.layer, cache_rows)
+        return SaliencyTape(self.tables, rows, positions, self.sink_tags.layer)
 
     def changed(self) -> None:
         """A slot or a row of tags was taken or given back."""

@@ -38,6 +38,7 @@ class SaliencyPass:
     logits: torch.Tensor
     dtype: torch.dtype
     _rotations: dict[tuple[int, tuple[int, ...]], Rotation] = field(default_factory=dict)
+    _middles: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def saliencies(self, chosen: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Of some rows' candidates, float32 [num_rows, num_candidates]; NaN without history.
@@ -73,13 +74,19 @@ class SaliencyPass:
     def _forward(
         self, layer: DecoderLayer, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream between attention and feed-forward layer, and the latter's gate and input."""
-        output = self.tape.records[layer.index].output.index_select(0, chosen).flatten(1)
-        added = layer.output(output)
-        if layer.after_attention is not None:
-            added = layer.after_attention(added)
-        middle = self.tape.streams[layer.index].index_select(0, chosen) + added
-        return middle, layer.gate_up(layer.feedforward_norm(middle).to(self.dtype))
+        """The stream between attention and feed-forward layer, and the latter's gate and input.
+
+        Computed for all rows at once: who refuses a candidate comes back for the others.
+        """
+        if layer.index not in self._middles:
+            added = layer.output(self.tape.records[layer.index].output.flatten(1))
+            if layer.after_attention is not None:
+                added = layer.after_attention(added)
+            middle = self.tape.streams[layer.index] + added
+            gate_up = layer.gate_up(layer.feedforward_norm(middle).to(self.dtype))
+            self._middles[layer.index] = middle, gate_up
+        middle, gate_up = self._middles[layer.index]
+        return middle.index_select(0, chosen), gate_up.index_select(0, chosen)
 
     def _feedforward(self, layer: DecoderLayer, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

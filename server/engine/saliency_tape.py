@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headway.kernels.attention_rows import AttentionRows, RowEdits
+from headway.kernels.cache_products import CacheProducts
 from headway.kernels.head_word import Tag
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.step_plan import AttentionCall
@@ -53,15 +54,13 @@ class SaliencyTape:
 
     positions: int64 [num_rows] or, with M-RoPE, [3, num_rows]. streams: layer -> float32
     [num_rows, hidden_size], the residual stream that enters it. slot_tags: layer -> tags of keys.
-    read_cache: (cache, block table) -> keys [num_rows, num_kv_heads, head_size, num_keys] and
-    values [num_rows, num_kv_heads, num_keys, head_size]. seconds: spent in steering before.
+    seconds: spent in steering before.
     """
 
     tables: SlotTables
     rows: tuple[SaliencyRow, ...]
     positions: torch.Tensor
     slot_tags: Callable[[int], torch.Tensor | None]
-    read_cache: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     records: dict[int, LayerRecord] = field(default_factory=dict)
     error: Exception | None = None
@@ -112,14 +111,9 @@ class SaliencyTape:
         blocks = call.block_table[sequences, :num_blocks].long()
         used = torch.arange(num_blocks) * block_size < seq_lens[:, None]
         blocks = blocks * used
-        key, value = self.read_cache(call.kv_cache, blocks)
-        longest = int(seq_lens.max())
-        key, value = key[..., :longest], value[:, :, :longest]
         return AttentionRows(
-            record.query.index_select(0, chosen).float(),
-            key.float(),
-            value.float(),
-            seq_lens,
+            record.query.index_select(0, chosen),
+            CacheProducts(call.kv_cache, blocks, seq_lens),
             call.softmax_scale,
             call.soft_cap,
             call.sliding_window,

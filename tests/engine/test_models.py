@@ -14,14 +14,16 @@ import torch
 from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
 from headway.server.engine.geometry import facts_of, geometry_of
-from headway.steering import EXTRA_ARG, SteeringProgram
+from headway.steering import EXTRA_ARG, SteeringError, SteeringProgram
 from headway.steering.positions import PromptFacts, Range
 from headway.steering.sinks import known_sink_dims
 from headway.steering.wire import decode_facts
 from tests.attention_oracle import Locore, Scale
 from tests.engine.conftest import start
 from tests.engine.harness import Harness
+from tests.engine.saliency_watch import watched_saliencies, worst_error
 from tests.engine.served_models import ALPHA, MAX_TOKENS, VAR_LAYERS, VHR_HEADS, Question, Served
+from tests.sgrs_oracle import text_after_image
 from tests.tiny_models.base import SINK_DIMS, TinyModel
 from tests.tiny_models.internvl import INTERNVL
 from tests.tiny_models.internvl_chat import INTERNVL_CHAT
@@ -186,6 +188,33 @@ def test_heads_chosen_by_the_prompt_are_those_of_the_rule(served):
     for job, heads in zip(jobs, chosen, strict=True):
         report = served.harness.runner.steering.pop_report(job.request.report_id)
         assert [tuple(head) for head in report.heads] == heads
+
+
+def test_saliencies_are_those_of_autograd(served):
+    """SGRS on both questions, with M-RoPE where there is; refused where the layers are others."""
+    layers = [0, 2]
+    steered = served.program({"method": "sgrs", "layers": layers, "history": "after_image"})
+    jobs = [question.job(steered) for question in served.questions]
+    if served.model.name == "internvl-chat":
+        with pytest.raises(SteeringError, match="internlm2"):
+            served.harness.run(jobs)
+        return
+    with watched_saliencies() as seen:
+        results = served.harness.run(jobs)
+    worst = 0.0
+    for job, question, result in zip(jobs, served.questions, results, strict=True):
+        own = [each for each in seen if each.job == job.name]
+        assert len({each.position for each in own}) == MAX_TOKENS
+        ids = question.ids + result.tokens
+        history = text_after_image(ids, served.model.embedding_id)
+        for each in own[:3]:
+            further = each.position + 1 - len(question.ids)
+            inputs = question.oracle_inputs(further)
+            model = served.oracle.model
+            error = worst_error(model, job, ids, history, layers, [each], **inputs)
+            worst = max(worst, error)
+    print(f"{served.model.name}: largest relative error of a saliency: {worst:.2e}")
+    assert worst <= TOLERANCE
 
 
 def test_the_cases_tell_right_from_wrong(served):

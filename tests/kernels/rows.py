@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headway.kernels.attention_rows import AttentionRows, RowEdits
+from headway.kernels.cache_products import CacheProducts
 from headway.kernels.head_word import Field, Tag
 from tests.kernels.batches import TAGS
 
@@ -38,9 +39,11 @@ class Rows:
         self.grad_output = torch.randn(shape, generator=draw)
 
     def attention(self, words: torch.Tensor | None = None, **options) -> AttentionRows:
-        edits = None if words is None else RowEdits(words, self.tags)
-        tensors = self.query, self.key, self.value, self.seq_lens
-        return AttentionRows(*tensors, edits=edits, **options)
+        edits = None if words is None else RowEdits(words, self.tags[:, : max(self.lengths)])
+        return AttentionRows(self.query, self.cache(), edits=edits, **options)
+
+    def cache(self) -> CacheProducts:
+        return CacheProducts(*paged(self.key, self.value), self.seq_lens)
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """query, key, value, tags of one row, [num_heads, ..], the latter [num_keys, heads, ..]."""
@@ -52,6 +55,30 @@ class Rows:
     @property
     def num_heads(self) -> int:
         return self.query.shape[1]
+
+
+def paged(
+    key: torch.Tensor, value: torch.Tensor, block_size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache that holds them, its blocks out of order, and the block table.
+
+    key: [num_rows, num_kv_heads, head_size, num_keys]; value: [num_rows, num_kv_heads, num_keys,
+    head_size]. The layout is that of `segment_attention.py`; what is left over is NaN.
+    """
+    num_rows, heads, size, num_keys = key.shape
+    per_row = -(-num_keys // block_size)
+    count = num_rows * per_row
+    cache = torch.full((count, heads, 2, size * block_size), torch.nan, dtype=key.dtype)
+    blocks = (torch.arange(count) * 7 + 3) % count if count % 7 else torch.arange(count).flip(0)
+    blocks = blocks.view(num_rows, per_row)
+    for row in range(num_rows):
+        for at in range(per_row):
+            here = slice(at * block_size, (at + 1) * block_size)
+            block = cache[blocks[row, at]]
+            length = key[row, :, :, here].shape[-1]
+            block[:, 0].view(heads, size, block_size)[:, :, :length] = key[row, :, :, here]
+            block[:, 1].view(heads, block_size, size)[:, :length] = value[row, :, here]
+    return cache.view(count, heads, block_size, 2 * size), blocks
 
 
 def formula(

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headway.kernels.attention_rows import AttentionRows, RowEdits
+from headway.kernels.cache_products import CacheProducts
 from headway.kernels.head_word import Field, Tag
 from headway.kernels.reference import segment_attention_reference
 from headway.kernels.saliency_row import saliency_row_reference
 from tests.kernels.batches import draw_words, identity_words, var_words
-from tests.kernels.rows import Expected, Rows
+from tests.kernels.rows import Expected, Rows, paged
 
 pytestmark = pytest.mark.unit
 
@@ -167,11 +168,11 @@ def test_a_row_does_not_depend_on_the_others_or_on_the_width_of_its_padding():
     words = draw_words(14, 3, rows.num_heads)
     together = rows.attention(words, softmax_scale=0.3)
     for index, length in enumerate(rows.lengths):
+        key = rows.key[index, None, :, :, :length]
+        cache = paged(key, rows.value[index, None, :, :length], block_size=32)
         alone = AttentionRows(
             rows.query[index, None],
-            rows.key[index, None, :, :, :length],
-            rows.value[index, None, :, :length],
-            rows.seq_lens[index, None],
+            CacheProducts(*cache, rows.seq_lens[index, None]),
             softmax_scale=0.3,
             edits=RowEdits(words[index, None], rows.tags[index, None, :length]),
         )
@@ -211,21 +212,12 @@ def test_bfloat16_is_computed_in_float32():
     assert check(rows, None, softmax_scale=0.3) == 2
 
 
-@pytest.mark.parametrize("lengths", [[0, 3], [3, 9]])
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 17]])
 def test_lengths_that_do_not_fit_are_refused(lengths):
     rows = Rows(17, [3, 8])
     rows.seq_lens = torch.tensor(lengths)
-    with pytest.raises(ValueError, match="lengths must be in 1 .. 8"):
+    with pytest.raises(ValueError, match="lengths must be in 1 .. 16"):
         rows.attention(softmax_scale=0.3)
-
-
-def test_no_row_is_no_work():
-    rows = Rows(18, [4])
-    empty = AttentionRows(rows.query[:0], rows.key[:0], rows.value[:0], rows.seq_lens[:0], 0.3)
-    grad_query, grad_key, grad_value = empty.vjp(rows.grad_output[:0])
-    assert grad_query.shape == (0, 5, 6, 16)
-    assert grad_key.shape == grad_value.shape == (0, 5, 2, 16)
-    assert empty.saliency(rows.grad_output[:0]).shape == (0, 5, 4)
 
 
 class Operations(TorchDispatchMode):
@@ -244,8 +236,9 @@ class Operations(TorchDispatchMode):
 
 def test_a_plain_row_takes_few_operations():
     rows = Rows(19, [40])
+    cache = rows.cache()
     with Operations() as forward:
-        attention = rows.attention(softmax_scale=0.3)
+        attention = AttentionRows(rows.query, cache, 0.3)
     with Operations() as backward:
         attention.saliency(rows.grad_output)
         attention.vjp(rows.grad_output)

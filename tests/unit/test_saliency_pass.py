@@ -156,7 +156,7 @@ class Case:
             at = each.row, index, each.position, PROMPT_LEN, slot, -1
             rows.append(SaliencyRow(str(index), *at, each.layers, each.history))
         positions = torch.tensor([each.position for each in self.sequences])
-        tape = SaliencyTape(self.tables, tuple(rows), positions, no_slot_tags, cache_rows)
+        tape = SaliencyTape(self.tables, tuple(rows), positions, no_slot_tags)
         passes = [self.forward(each) for each in self.sequences]
         for layer, cache in enumerate(self.caches):
             size = cache.shape[-1] // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from headway.steering import (
     parse_spec,
 )
 from headway.steering.positions import PromptFacts
-from headway.steering.program import QueryScope, Readout, SaliencyRule, SamplingGate
+from headway.steering.program import QueryScope, Readout, ResidualEdit, SaliencyRule, SamplingGate
 from headway.steering.wire import decode_program, encode_program
 
 pytestmark = pytest.mark.unit
@@ -269,6 +270,20 @@ def test_engines_that_cannot_refuse(
     with pytest.raises(SteeringError, match=text) as caught:
         refuse_unsupported(steered, engine(**changes))
     assert caught.value.reason is reason
+
+
+def test_queries_scaled_by_position_are_refused() -> None:
+    other = engine(model_type="mistral")
+    other.model_config.hf_text_config.llama_4_scaling = {"beta": 0.1}
+    with pytest.raises(SteeringError, match="llama_4_scaling"):
+        refuse_unsupported(program(sgrs()), other)
+
+
+def test_edits_that_the_pass_does_not_go_back_through_are_refused() -> None:
+    edited = replace(program(sgrs()), residual_edits=(ResidualEdit(1, "0" * 64, 1.0),))
+    with pytest.raises(SteeringError, match="residual stream") as caught:
+        refuse_unsupported(edited, engine())
+    assert caught.value.reason is Reason.UNSUPPORTED
 
 
 @pytest.mark.parametrize("number", [-1, True, "8", 1.5])
