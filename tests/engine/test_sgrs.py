@@ -150,16 +150,16 @@ def by_the_rule(model, prompt: list[int], count: int, **options) -> list[sgrs_or
 @pytest.fixture(scope="module")
 def judged(attention_oracle, prompts):
     """By prompt, an answer with a high bar: some candidates are refused, and some all are."""
-    options = {"alpha": 1.02}
+    options = {"alpha": 0.85}
     return {
-        index: by_the_rule(attention_oracle.model, prompts[index], 8, **options) for index in (3, 9)
+        index: by_the_rule(attention_oracle.model, prompts[index], 7, **options) for index in (0, 5)
     }
 
 
 def test_the_gate_does_what_the_rule_says(harness, prompts, judged):
     """Tokens, saliencies, thresholds, draws, refusals and fallbacks, position by position."""
-    steered = program(sgrs(alpha=1.02), report={"saliency": True})
-    jobs = {index: Job(prompts[index], steered, 8) for index in judged}
+    steered = program(sgrs(alpha=0.85), report={"saliency": True})
+    jobs = {index: Job(prompts[index], steered, 7) for index in judged}
     results = dict(zip(jobs, harness.run(list(jobs.values())), strict=True))
     for index, job in jobs.items():
         report = report_of(harness, job)
@@ -193,7 +193,7 @@ def test_the_likeliest_candidate_is_refused_for_the_one_that_is_expected(
     assert refused
     assert any(each.fallback for decisions in judged.values() for each in decisions)
     index, at = refused[0]
-    prompt, steered = prompts[index], program(sgrs(alpha=1.02))
+    prompt, steered = prompts[index], program(sgrs(alpha=0.85))
     plain, gated = harness.run(
         [Job(prompt, max_tokens=at + 1), Job(prompt, steered, max_tokens=at + 1)]
     )
