@@ -99,7 +99,7 @@ def saliencies(
     targets = [run.weights[layer] for layer in layers]
     rows = []
     for candidate in candidates:
-        loss = surprise(logits[loss_row], candidate)
+        loss = odds_against(logits[loss_row], candidate)
         gradients = torch.autograd.grad(loss, targets, retain_graph=True)
         products = [
             (weights * gradient)[0, :, row].abs().sum(0)
@@ -111,13 +111,14 @@ def saliencies(
     return Saliencies(values, found, logits[loss_row].detach())
 
 
-def surprise(logits: torch.Tensor, candidate: int) -> torch.Tensor:
-    """-log p(candidate) = log(1 + sum of exp(logit - the candidate's) over the others).
+def odds_against(logits: torch.Tensor, candidate: int) -> torch.Tensor:
+    """x of L = -log p(candidate) = log(1 + exp(x)), p being a softmax of the logits.
 
-    Its derivative keeps its digits where p is almost 1, unlike that of a log-softmax.
+    The gradient of L is that of x times a positive number, which a norm of the row takes out; but
+    where p is almost 1, rounding leaves nothing of it.
     """
     others = torch.cat([logits[:candidate], logits[candidate + 1 :]])
-    return torch.nn.functional.softplus(others.logsumexp(0) - logits[candidate])
+    return others.logsumexp(0) - logits[candidate]
 
 
 def normalised(products: torch.Tensor) -> torch.Tensor:
