@@ -21,4 +21,6 @@ def kernel(name: str) -> Extension:
     )
 
 
-setup(ext_modules=[kernel("segment_attention"), kernel("linear_grad"), kernel("cache_products")])
+KERNELS = ("segment_attention", "linear_grad", "cache_products", "row_gradients")
+
+setup(ext_modules=[kernel(name) for name in KERNELS])

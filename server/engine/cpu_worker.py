@@ -2,7 +2,7 @@
 
 vLLM symbols relied on: `vllm.v1.worker.cpu_worker` (`CPUWorker`, and its module global
 `CPUModelRunner`, swapped for a subclass), and of the runner `load_model`, `_update_states`,
-`_prepare_inputs`, `execute_model`, `execute_model_state.logits`, `sample_tokens`,
+`_prepare_inputs`, `_model_forward`, `execute_model`, `execute_model_state.logits`, `sample_tokens`,
 `discard_request_mask`, `positions`, `mrope_positions`, `uses_mrope`, `input_batch.req_ids` and
 `num_computed_tokens_cpu`, `CompilationConfig.static_forward_context`,
 `scheduler_output.scheduled_new_reqs` and `finished_req_ids`.
@@ -88,6 +88,13 @@ class SteeringCPUModelRunner(CPUModelRunner):
                 self.mrope_positions.gpu if self.uses_mrope else self.positions,
             )
         return result
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        tape = current.plan.tape if current.plan is not None else None
+        if tape is None or self.decoder is None or not self.model_config.enforce_eager:
+            return super()._model_forward(*args, **kwargs)
+        with tape.watching(self.decoder):
+            return super()._model_forward(*args, **kwargs)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         try:

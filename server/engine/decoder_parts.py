@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.models.utils import extract_layer_index
 
 from headway.kernels.linear_grad import linear_grad
+from headway.kernels.row_gradients import Turn, norm_backward
 from headway.server.engine.kept_weights import weight_of
 
 
@@ -34,21 +35,22 @@ class UnknownStructureError(ValueError):
 
 @dataclass(frozen=True)
 class Norm:
-    """y = x / sqrt(mean x^2 + eps) * weight, over the last dimension; float32."""
+    """y = x / sqrt(mean x^2 + eps) * weight, over the last dimension; float32.
+
+    module: of vLLM, None where it is not needed.
+    """
 
     weight: torch.Tensor
     eps: float
+    module: Any = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of float32 [..., size]."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
     def backward(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """dL/dx from dL/dy of [..., size]; x broadcasts over grad."""
-        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        unit, scaled = x * inverse, grad * self.weight
-        along = (scaled * unit).mean(-1, keepdim=True)
-        return torch.addcmul(scaled, unit, along, value=-1) * inverse
+        """dL/dx from dL/dy [num_rows, num_candidates, .., size]; x: [num_rows, .., size]."""
+        return norm_backward(x, grad, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -69,44 +71,20 @@ class Linear:
         return linear_grad(rows, self.weight).view(*grad.shape[:-1], -1)
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """What a rotary embedding does to rows at given positions: cos, sin [num_rows, 1, 1, half].
+def turn_of(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> Turn:
+    """What a rotary embedding, whichever kind, does to rows, read off by turning unit vectors.
 
-    A rotation is linear, so that its transpose is all a gradient needs.
+    It is linear, so that its transpose is all a gradient needs. positions: int64 [num_rows], or [3,
+    num_rows] with M-RoPE.
     """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    interleaved: bool
-
-    @classmethod
-    def of(cls, rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """Read it off a rotary embedding, whichever kind, by rotating unit vectors.
-
-        positions: int64 [num_rows], or [3, num_rows] with M-RoPE.
-        """
-        half, interleaved = rotary.rotary_dim // 2, not rotary.is_neox_style
-        unit = torch.zeros(positions.shape[-1], rotary.head_size, dtype=dtype)
-        first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
-        second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
-        unit[:, first] = 1
-        turned, _ = rotary.forward_native(positions, unit, unit.clone())
-        cos, sin = turned[:, first].float(), turned[:, second].float()
-        return cls(cos[:, None, None], sin[:, None, None], interleaved)
-
-    def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        """The transposed rotation of float32 [num_rows, num_candidates, heads, head_size]."""
-        half = self.cos.shape[-1]
-        result = grad.clone()
-        if self.interleaved:
-            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-        else:
-            first, second = slice(0, half), slice(half, 2 * half)
-        low, high = grad[..., first], grad[..., second]
-        result[..., first] = low * self.cos + high * self.sin
-        result[..., second] = high * self.cos - low * self.sin
-        return result
+    half, interleaved = rotary.rotary_dim // 2, not rotary.is_neox_style
+    unit = torch.zeros(positions.shape[-1], rotary.head_size, dtype=dtype)
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    unit[:, first] = 1
+    turned, _ = rotary.forward_native(positions, unit, unit.clone())
+    cos, sin = (turned[:, each].float().contiguous() for each in (first, second))
+    return Turn(cos, sin, interleaved)
 
 
 @dataclass(frozen=True)
@@ -134,6 +112,27 @@ class DecoderLayer:
     after_feedforward: Norm | None
 
 
+class HeadRows(NamedTuple):
+    """What some rows have at the head, whatever the candidates: see `LanguageHead.backward`.
+
+    likeliest: int64 [num_rows, 1], m. rest: float32 [num_rows, 1, 1], r. others, top: float32
+    [num_rows, 1, size], the head's gradient of q, and of m alone. slope: float32 [num_rows,
+    vocabulary], of the logits by the raw ones, None if it is 1.
+    """
+
+    likeliest: torch.Tensor
+    rest: torch.Tensor
+    others: torch.Tensor
+    top: torch.Tensor
+    slope: torch.Tensor | None
+
+    def of(self, chosen: torch.Tensor) -> HeadRows:
+        """Those of some of the rows."""
+        likeliest, rest, others, top = (each.index_select(0, chosen) for each in self[:4])
+        slope = None if self.slope is None else self.slope.index_select(0, chosen)
+        return HeadRows(likeliest, rest, others, top, slope)
+
+
 @dataclass(frozen=True)
 class LanguageHead:
     """From the residual stream after the last layer to the logits."""
@@ -143,34 +142,39 @@ class LanguageHead:
     scale: float
     soft_cap: float | None
 
-    def backward(self, logits: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    def rows(self, logits: torch.Tensor) -> HeadRows:
+        """logits: float32 [num_rows, vocabulary], the model's own."""
+        weight = self.weight[: logits.shape[-1]]
+        likeliest = logits.argmax(dim=-1, keepdim=True)
+        others = logits.scatter(1, likeliest, -torch.inf)
+        rest = torch.exp(others.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True))
+        share, top, slope = torch.softmax(others, dim=-1), weight[likeliest].float(), None
+        if self.scale != 1.0 or self.soft_cap is not None:
+            slope = torch.full_like(logits, self.scale)
+            if self.soft_cap is not None:
+                slope *= 1 - (logits / (self.scale * self.soft_cap)).square()
+            share *= slope
+            top *= slope.gather(1, likeliest).unsqueeze(-1)
+        mixed = linear_grad(share, weight).unsqueeze(1)
+        return HeadRows(likeliest, rest.unsqueeze(-1), mixed, top, slope)
+
+    def backward(self, rows: HeadRows, candidates: torch.Tensor) -> torch.Tensor:
         """dL/d(normed stream), L = -log p(candidate), float32 [num_rows, num_candidates, size].
 
-        Up to a positive factor for each candidate, on which saliencies do not depend. logits:
-        float32 [num_rows, vocabulary], the model's own. candidates: int64 [num_rows,
-        num_candidates].
+        Up to a positive factor for each candidate, on which saliencies do not depend. candidates:
+        int64 [num_rows, num_candidates].
 
         dL/dlogits = p - onehot, a difference that rounding eats where p is almost 1. So the
         likeliest token m is kept apart: with q the softmax of all others and r their part of p,
         dL/dlogits is r * q + (1 - r) * onehot(m) - onehot(c), and r * (q - onehot(m)) for m itself,
         from which the factor r is left out.
         """
-        weight = self.weight[: logits.shape[-1]]
-        likeliest = logits.argmax(dim=-1, keepdim=True)
-        others = logits.scatter(1, likeliest, -torch.inf)
-        rest = torch.exp(others.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True))
-        share, rest = torch.softmax(others, dim=-1), rest.unsqueeze(-1)
-        row, top = weight[candidates].float(), weight[likeliest].float()
-        if self.scale != 1.0 or self.soft_cap is not None:
-            slope = torch.full_like(logits, self.scale)
-            if self.soft_cap is not None:
-                slope *= 1 - (logits / (self.scale * self.soft_cap)).square()
-            share = share * slope
+        likeliest, rest, others, top, slope = rows
+        row = self.weight[candidates].float()
+        if slope is not None:
             row *= slope.gather(1, candidates).unsqueeze(-1)
-            top *= slope.gather(1, likeliest).unsqueeze(-1)
-        mixed = linear_grad(share, weight).unsqueeze(1)
-        of_others = rest * mixed + (1 - rest) * top - row
-        return torch.where((candidates == likeliest).unsqueeze(-1), mixed - top, of_others)
+        of_others = rest * others + (1 - rest) * top - row
+        return torch.where((candidates == likeliest).unsqueeze(-1), others - top, of_others)
 
 
 @dataclass(frozen=True)
@@ -253,9 +257,9 @@ def _child(module: Any, name: str) -> Any:
 def _norm(module: Any, name: str) -> Norm:
     norm = _child(module, name)
     if isinstance(norm, GemmaRMSNorm):
-        return Norm(norm.weight.data.float() + 1.0, norm.variance_epsilon)
+        return Norm(norm.weight.data.float() + 1.0, norm.variance_epsilon, norm)
     if isinstance(norm, RMSNorm) and norm.variance_size_override is None and norm.has_weight:
-        return Norm(norm.weight.data.float(), norm.variance_epsilon)
+        return Norm(norm.weight.data.float(), norm.variance_epsilon, norm)
     raise UnknownStructureError(f"{type(module).__name__}.{name} is a {type(norm).__name__}")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from headway.kernels.attention_rows import AttentionRows, RowEdits
 from headway.kernels.cache_products import CacheProducts
 from headway.kernels.head_word import Tag
+from headway.server.engine.decoder_parts import Decoder
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.step_plan import AttentionCall
 from headway.steering.head_words import IDENTITY_WORD
@@ -54,7 +58,9 @@ class SaliencyTape:
 
     positions: int64 [num_rows] or, with M-RoPE, [3, num_rows]. streams: layer -> float32
     [num_rows, hidden_size], the residual stream that enters it. slot_tags: layer -> tags of keys.
-    seconds: spent in steering before.
+    middles, gates: layer -> float32 [num_rows, ..], the stream between attention and feed-forward
+    layer and the latter's gate and input, as far as `watching` saw them. seconds: spent in steering
+    before.
     """
 
     tables: SlotTables
@@ -63,10 +69,13 @@ class SaliencyTape:
     slot_tags: Callable[[int], torch.Tensor | None]
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     records: dict[int, LayerRecord] = field(default_factory=dict)
+    middles: dict[int, torch.Tensor] = field(default_factory=dict)
+    gates: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self._known_places: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self.lowest = min(min(row.layers) for row in self.rows)
         self._index = torch.tensor([row.row for row in self.rows])
 
@@ -98,19 +107,44 @@ class SaliencyTape:
         except Exception as error:
             self.error = error
 
+    @contextmanager
+    def watching(self, decoder: Decoder) -> Iterator[None]:
+        """Keep what feed-forward layers compute within the block; never raises.
+
+        Where the model is compiled their modules are not called, and nothing is seen.
+        """
+        hooks = [
+            module.register_forward_hook(partial(self._keep_feedforward, kept, index))
+            for index, layer in decoder.layers.items()
+            if index >= self.lowest
+            for kept, module in (
+                (self.middles, layer.feedforward_norm.module),
+                (self.gates, layer.gate_up.module),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keep_feedforward(
+        self, kept: dict[int, torch.Tensor], layer: int, module: Any, args: Any, output: Any
+    ) -> None:
+        try:
+            # A norm gives what it normed and the stream, a linear layer its output and a bias.
+            wanted = output[1] if kept is self.middles else output[0]
+            kept[layer] = wanted.index_select(0, self._index).float()
+        except Exception as error:
+            self.error = error
+
     def attention(self, layer: int, chosen: torch.Tensor) -> AttentionRows:
         """The attention of some rows at a layer; chosen: int64, indices of `rows`."""
         record = self.records[layer]
         call = record.call
         rows = [self.rows[index] for index in chosen.tolist()]
-        seq_lens = torch.tensor([row.position + 1 for row in rows])
         block_size = call.kv_cache.shape[2]
-        num_blocks = int(seq_lens.max() + block_size - 1) // block_size
-        sequences = torch.tensor([row.sequence for row in rows])
-        # Beyond a sequence's end the table holds whatever it held before.
-        blocks = call.block_table[sequences, :num_blocks].long()
-        used = torch.arange(num_blocks) * block_size < seq_lens[:, None]
-        blocks = blocks * used
+        blocks, seq_lens = self._places(call.block_table, block_size, rows)
         return AttentionRows(
             record.query.index_select(0, chosen),
             CacheProducts(call.kv_cache, blocks, seq_lens),
@@ -119,6 +153,21 @@ class SaliencyTape:
             call.sliding_window,
             self._edits(layer, rows, blocks, block_size, record),
         )
+
+    def _places(
+        self, block_table: torch.Tensor, block_size: int, rows: list[SaliencyRow]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks of some rows' keys, and how many keys those are; layers share their tables."""
+        key = block_table.data_ptr(), block_size, tuple(row.sequence for row in rows)
+        if key not in self._known_places:
+            seq_lens = torch.tensor([row.position + 1 for row in rows])
+            num_blocks = int(seq_lens.max() + block_size - 1) // block_size
+            sequences = torch.tensor([row.sequence for row in rows])
+            # Beyond a sequence's end the table holds whatever it held before.
+            blocks = block_table[sequences, :num_blocks].long()
+            used = torch.arange(num_blocks) * block_size < seq_lens[:, None]
+            self._known_places[key] = blocks * used, seq_lens
+        return self._known_places[key]
 
     def scale(self, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
         """The scales of the head outputs, float32 [num_rows, 1, num_heads, 1]; None if all 1."""

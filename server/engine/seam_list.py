@@ -200,6 +200,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),
     Seam(_RUNNER, "ExecuteModelState", ("logits",)),
+    Seam(_RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids")),
     # gated_request_scheduler.py
     Seam("vllm.v1.request", "Request.is_finished", ("self",)),
     Seam("vllm.v1.request", "RequestStatus.RUNNING"),

@@ -11,7 +11,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from headway.server.engine.decoder_parts import Decoder, LanguageHead, Norm, Rotation, read_decoder
+from headway.kernels.row_gradients import turn_back
+from headway.server.engine.decoder_parts import Decoder, LanguageHead, Norm, read_decoder, turn_of
 from tests.decoder_models import CONFIGS, SIZES, decoder_model, one_rank
 
 pytestmark = pytest.mark.unit
@@ -73,7 +74,7 @@ def test_norms(name, loaded):
     x, grad = drawn(ROWS, size), drawn(ROWS, CANDIDATES, size, seed=1)
     torch.testing.assert_close(norm(x), module.forward_native(x), **CLOSE)
     want = backward(module.forward_native, x, grad)
-    torch.testing.assert_close(norm.backward(x.unsqueeze(1), grad), want, **CLOSE)
+    torch.testing.assert_close(norm.backward(x, grad), want, **CLOSE)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
@@ -82,7 +83,7 @@ def test_norms_of_heads_and_of_small_and_large_rows(scale):
     norm = Norm(drawn(8, seed=2).double(), 1e-5)
     x, grad = drawn(ROWS, 4, 8, scale=scale).double(), drawn(ROWS, CANDIDATES, 4, 8).double()
     want = backward(norm, x, grad)
-    torch.testing.assert_close(norm.backward(x.unsqueeze(1), grad), want)
+    torch.testing.assert_close(norm.backward(x, grad), want)
 
 
 def test_activations(loaded):
@@ -143,8 +144,8 @@ def check_rotation(rotary: Any, positions: torch.Tensor) -> torch.Tensor:
     """Of queries and of keys; returns what the rotation makes of a drawn gradient."""
     size = rotary.head_size
     x, grad = drawn(ROWS, HEADS, size), drawn(ROWS, CANDIDATES, HEADS, size, seed=1)
-    rotation = Rotation.of(rotary, positions, torch.float32)
-    found = rotation.backward(grad)
+    turn = turn_of(rotary, positions, torch.float32)
+    found = turn_back([(grad, turn)]).unflatten(-1, (HEADS, size))
     for which in (0, 1):
 
         def turned(x: torch.Tensor, which: int = which) -> torch.Tensor:
@@ -192,10 +193,14 @@ def test_the_head(scale, soft_cap, vocabulary, vllm_config):
     with torch.enable_grad():
         logits = processor(model.lm_head, x)
         assert logits.shape == (ROWS, vocabulary)
+        candidates[:, 2] = likeliest = logits.argmax(-1)
         losses = -logits.log_softmax(-1).gather(1, candidates)
         want = torch.stack(
             [torch.autograd.grad(losses[:, at].sum(), x, retain_graph=True)[0] for at in range(4)],
             dim=1,
         )
-    found = head.backward(logits.detach(), candidates)
+    # For the likeliest candidate without the factor that its gradient has.
+    rest = 1 - logits.detach().softmax(-1).gather(1, likeliest[:, None])
+    want = torch.where((candidates == likeliest[:, None])[..., None], want / rest[..., None], want)
+    found = head.backward(head.rows(logits.detach()), candidates)
     torch.testing.assert_close(found, want, **CLOSE)
