@@ -83,6 +83,8 @@ class Backend:
 class Plan:
     """Edits the attention of layer 5, with the sequence lengths it is given."""
 
+    tape = None
+
     def __init__(self, seq_lens: torch.Tensor | None = None, layers: tuple[int, ...] = (5,)):
         self.seq_lens, self.layers = seq_lens, layers
         self.calls: list[tuple[int, AttentionCall]] = []
