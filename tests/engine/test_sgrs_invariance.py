@@ -46,7 +46,7 @@ def alone(harness, prompts) -> Alone:
 
 
 @settings(run_drawn, max_examples=10)
-@given(schedule=schedules(5, len(REQUESTS), [17, 40, 150, 2048], 6, 14))
+@given(schedule=schedules(3, len(REQUESTS), [17, 40, 150, 2048], 6, 14))
 def test_scheduling_does_not_change_the_answer(alone, schedule):
     check_schedule(alone, schedule)
 
@@ -54,7 +54,7 @@ def test_scheduling_does_not_change_the_answer(alone, schedule):
 def test_requests_tell_apart(alone):
     """The expected answers differ, and gates refuse something in them."""
     steering = alone.harness.runner.steering
-    for prompt in range(5):
+    for prompt in range(3):
         tokens = {tuple(alone(prompt, chosen).tokens) for chosen in range(len(REQUESTS))}
         assert len(tokens) >= len(REQUESTS) // 2
     refusals = 0
