@@ -9,13 +9,12 @@ KV head. Layout of the cache: see `segment_attention.py`.
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from headway.kernels.cache_rows import cache_rows
+from headway.kernels.compiled import compiled_library
 
 
 class CacheProductsError(ValueError):
@@ -176,11 +175,9 @@ class CacheProducts:
             )
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, None if it was not built with this installation."""
-    spec = find_spec("headway.kernels._cache_products")
-    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+    return compiled_library("cache_products")
 
 
 def _check(kv_cache: Tensor, blocks: Tensor, lengths: Tensor) -> None:

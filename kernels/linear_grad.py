@@ -8,10 +8,10 @@ bytes, and is an order slower by a bfloat16 W where the CPU has no instructions 
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
+
+from headway.kernels.compiled import compiled_library
 
 FALLBACK_BYTES = 8 << 20
 """How much of the weight is widened at a time where the kernel is not built."""
@@ -59,11 +59,9 @@ def linear_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return output
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, None if it was not built with this installation."""
-    spec = find_spec("headway.kernels._linear_grad")
-    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+    return compiled_library("linear_grad")
 
 
 def _widened_in_parts(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

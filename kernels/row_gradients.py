@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from headway.kernels.compiled import compiled_library
 
 
 class Turn(NamedTuple):
@@ -141,11 +141,9 @@ def _kernel_for(*tensors: Tensor) -> ctypes.CDLL | None:
     return library() if taken else None
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, None if it was not built with this installation."""
-    spec = find_spec("headway.kernels._row_gradients")
-    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+    return compiled_library("row_gradients")
 
 
 def _fields(pointers: str, sizes: str) -> list[tuple[str, type]]:

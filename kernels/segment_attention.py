@@ -14,10 +14,10 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
+from headway.kernels.compiled import compiled_path
 from headway.kernels.head_word import Field, Mass
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -139,8 +139,7 @@ def library() -> ctypes.CDLL:
 
 def library_path() -> str | None:
     """Where the compiled kernel is, None if it was not built with this installation."""
-    spec = find_spec("headway.kernels._segment_attention")
-    return spec.origin if spec else None
+    return compiled_path("segment_attention")
 
 
 def _check(

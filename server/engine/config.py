@@ -178,19 +178,13 @@ def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
     text = getattr(model.hf_text_config, "model_type", "")
     if getattr(model.hf_text_config, "llama_4_scaling", None) is not None:
         return Reason.UNSUPPORTED, f"SGRS does not know the queries of {text} with llama_4_scaling"
-    reason = unsupported_structure(str(model.architecture), str(text))
-    return (Reason.UNSUPPORTED, reason) if reason else None
-
-
-def unsupported_structure(architecture: str, model_type: str) -> str | None:
-    """Why the layers of a model cannot be run again for saliencies, or None if they can.
-
-    model_type: of the text model.
-    """
-    if model_type in DIFFERENTIABLE:
-        return None
-    known = ", ".join(DIFFERENTIABLE)
-    return f"SGRS does not know the layers of {model_type} ({architecture}); it knows: {known}"
+    if text not in DIFFERENTIABLE:
+        known = ", ".join(DIFFERENTIABLE)
+        message = (
+            f"SGRS does not know the layers of {text} ({model.architecture}); it knows: {known}"
+        )
+        return Reason.UNSUPPORTED, message
+    return None
 
 
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

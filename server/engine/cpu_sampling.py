@@ -165,8 +165,9 @@ class GatedStep:
         taken: list[int | None] = [None] * len(self.rows)
         for index in range(len(self.rows)):
             self._candidates(index, int(sampled[index]))
-        count = sum(len(tokens) for tokens in self.tokens)
-        wanted = [tokens if count <= AT_ONCE else order[:1] for tokens, order in self._first()]
+        every = [range(len(tokens)) for tokens in self.tokens]
+        at_once = sum(len(each) for each in every) <= AT_ONCE
+        wanted: Sequence[Sequence[int]] = every if at_once else [each[:1] for each in self.order]
         while True:
             self._compute(wanted)
             for index, each in enumerate(taken):
@@ -174,15 +175,7 @@ class GatedStep:
                     taken[index] = self._decide(index)
             if None not in taken:
                 return torch.tensor(taken)
-            wanted = [
-                self._unknown(index) if each is None else [] for index, each in enumerate(taken)
-            ]
-
-    def _first(self) -> list[tuple[list[int], list[int]]]:
-        return [(self._unknown(index), self.order[index]) for index in range(len(self.rows))]
-
-    def _unknown(self, index: int) -> list[int]:
-        return [at for at, each in enumerate(self.known[index]) if each is None]
+            wanted = [() if each is not None else every[at] for at, each in enumerate(taken)]
 
     def _candidates(self, index: int, sampled: int) -> None:
         gate, row = self.gates[index], self.rows[index]
@@ -200,7 +193,8 @@ class GatedStep:
             [None if has_history and at in order else np.nan for at in range(len(tokens))]
         )
 
-    def _compute(self, wanted: list[list[int]]) -> None:
+    def _compute(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Saliencies of the candidates with these indices, as far as they are unknown."""
         wanted = [
             [at for at in each if self.known[index][at] is None]
             for index, each in enumerate(wanted)

@@ -5,22 +5,24 @@ Instance attributes and calls, which no signature tells.
 
 from __future__ import annotations
 
-_RUNNER = "vllm.v1.worker.gpu_model_runner"
-_SCHEDULER = "vllm.v1.core.sched.scheduler"
-_KV_MANAGER = "vllm.v1.core.kv_cache_manager"
-_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
-_CPU_WORKER = "vllm.v1.worker.cpu_worker"
-_REGISTRY = "vllm.v1.attention.backends.registry"
-_TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
-_V2 = "vllm.v1.worker.gpu"
-_GPU_WORKER = "vllm.v1.worker.gpu_worker"
-_SAMPLER = "vllm.v1.sample.sampler"
-_LAYERS = "vllm.model_executor.layers"
-_MODELS = "vllm.model_executor.models"
+from headway.server.engine.seam_modules import (
+    CPU_ATTENTION,
+    CPU_WORKER,
+    GPU_WORKER,
+    KV_MANAGER,
+    LAYERS,
+    MODELS,
+    REGISTRY,
+    RUNNER,
+    SAMPLER,
+    SCHEDULER,
+    TRITON_ATTENTION,
+    V2,
+)
 
 ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
-        _SCHEDULER,
+        SCHEDULER,
         "Scheduler",
         (
             "self.requests",
@@ -39,7 +41,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self._try_schedule_encoder_inputs(",
         ),
     ),
-    (_KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
+    (KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
     ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
     (
         "vllm.v1.request",
@@ -55,7 +57,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        _RUNNER,
+        RUNNER,
         "GPUModelRunner",
         (
             "self.input_batch",
@@ -70,7 +72,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        _RUNNER,
+        RUNNER,
         "GPUModelRunner._prepare_inputs",
         (
             "self.discard_request_mask.np[:num_reqs] = (",
@@ -79,53 +81,53 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        _RUNNER,
+        RUNNER,
         "GPUModelRunner.sample_tokens",
         (") = self.execute_model_state", "apply_grammar_bitmask(", "self._sample(logits"),
     ),
-    (_RUNNER, "GPUModelRunner._bookkeeping_sync", ("gen.set_offset(gen.get_offset() - 4)",)),
+    (RUNNER, "GPUModelRunner._bookkeeping_sync", ("gen.set_offset(gen.get_offset() - 4)",)),
     ("vllm.v1.worker.gpu_input_batch", "InputBatch", ("generators=self.generators",)),
-    (_RUNNER, "GPUModelRunner._sample", ("return self.sampler(",)),
-    (_SAMPLER, "Sampler.forward", ("self.sample(logits, sampling_metadata)",)),
-    (_SAMPLER, "Sampler.sample", ("temperature < _SAMPLING_EPS", "logitsprocs.argmax_invariant")),
+    (RUNNER, "GPUModelRunner._sample", ("return self.sampler(",)),
+    (SAMPLER, "Sampler.forward", ("self.sample(logits, sampling_metadata)",)),
+    (SAMPLER, "Sampler.sample", ("temperature < _SAMPLING_EPS", "logitsprocs.argmax_invariant")),
     ("vllm.v1.sample.logits_processor", "LogitsProcessors", ("self.argmax_invariant",)),
     (
-        f"{_LAYERS}.linear",
+        f"{LAYERS}.linear",
         "UnquantizedLinearMethod.process_weights_after_loading",
         ("layers.utils import dispatch_cpu_unquantized_gemm",),
     ),
-    (f"{_LAYERS}.linear", "LinearBase", ("self.prefix = ", "self.quant_method")),
+    (f"{LAYERS}.linear", "LinearBase", ("self.prefix = ", "self.quant_method")),
     (
-        f"{_LAYERS}.layernorm",
+        f"{LAYERS}.layernorm",
         "RMSNorm",
         ("self.weight", "self.has_weight", "self.variance_epsilon", "self.variance_size_override"),
     ),
-    (f"{_LAYERS}.layernorm", "GemmaRMSNorm", ("self.weight", "self.variance_epsilon")),
-    (f"{_LAYERS}.activation", "GeluAndMul", ("self.approximate",)),
+    (f"{LAYERS}.layernorm", "GemmaRMSNorm", ("self.weight", "self.variance_epsilon")),
+    (f"{LAYERS}.activation", "GeluAndMul", ("self.approximate",)),
     (
-        f"{_LAYERS}.rotary_embedding.base",
+        f"{LAYERS}.rotary_embedding.base",
         "RotaryEmbeddingBase",
         ("self.head_size", "self.rotary_dim", "self.is_neox_style"),
     ),
     (
-        f"{_LAYERS}.logits_processor",
+        f"{LAYERS}.logits_processor",
         "LogitsProcessor",
         ("self.scale", "self.soft_cap", "self.org_vocab_size"),
     ),
-    (f"{_MODELS}.llama", "LlamaForCausalLM", ("self.lm_head", "self.logits_processor")),
-    (f"{_MODELS}.llama", "LlamaModel", ("self.layers", "self.norm")),
+    (f"{MODELS}.llama", "LlamaForCausalLM", ("self.lm_head", "self.logits_processor")),
+    (f"{MODELS}.llama", "LlamaModel", ("self.layers", "self.norm")),
     (
-        f"{_MODELS}.llama",
+        f"{MODELS}.llama",
         "LlamaDecoderLayer",
         ("self.self_attn", "self.mlp", "self.input_layernorm", "self.post_attention_layernorm"),
     ),
-    (f"{_MODELS}.mistral", "MistralAttention", ("self.do_llama_4_scaling",)),
-    (f"{_MODELS}.mistral", "MistralDecoderLayer", ("self.ada_rms_norm_t_cond",)),
-    (f"{_MODELS}.llama", "LlamaAttention", ("self.qkv_proj", "self.o_proj", "self.rotary_emb")),
-    (f"{_MODELS}.llama", "LlamaMLP", ("self.gate_up_proj", "self.down_proj", "self.act_fn")),
-    (f"{_MODELS}.qwen3", "Qwen3Attention", ("self.q_norm", "self.k_norm")),
+    (f"{MODELS}.mistral", "MistralAttention", ("self.do_llama_4_scaling",)),
+    (f"{MODELS}.mistral", "MistralDecoderLayer", ("self.ada_rms_norm_t_cond",)),
+    (f"{MODELS}.llama", "LlamaAttention", ("self.qkv_proj", "self.o_proj", "self.rotary_emb")),
+    (f"{MODELS}.llama", "LlamaMLP", ("self.gate_up_proj", "self.down_proj", "self.act_fn")),
+    (f"{MODELS}.qwen3", "Qwen3Attention", ("self.q_norm", "self.k_norm")),
     (
-        f"{_MODELS}.gemma3",
+        f"{MODELS}.gemma3",
         "Gemma3DecoderLayer",
         ("self.pre_feedforward_layernorm", "self.post_feedforward_layernorm"),
     ),
@@ -140,18 +142,18 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("_gen_prompt_embeds_extra_hash_keys(",),
     ),
     (
-        _CPU_ATTENTION,
+        CPU_ATTENTION,
         "CPUAttentionBackendImpl",
         ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
     ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core", "self.input_processor")),
     (
-        _CPU_WORKER,
+        CPU_WORKER,
         "CPUWorker",
         ("CPUModelRunner(self.vllm_config", "self.use_v2_model_runner"),
     ),
     (
-        _REGISTRY,
+        REGISTRY,
         "AttentionBackendEnum",
         (
             'FLASH_ATTN = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"',
@@ -159,7 +161,7 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        _TRITON_ATTENTION,
+        TRITON_ATTENTION,
         "TritonAttentionImpl",
         (
             "self.num_heads",
@@ -175,9 +177,9 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     ("vllm.model_executor.layers.attention", "Attention", ("self.attn_backend =",)),
-    (_GPU_WORKER, "Worker", ("self._make_model_runner()", "self.use_v2_model_runner")),
+    (GPU_WORKER, "Worker", ("self._make_model_runner()", "self.use_v2_model_runner")),
     (
-        f"{_V2}.model_runner",
+        f"{V2}.model_runner",
         "GPUModelRunner",
         (
             "self.model_state = init_model_state(",
@@ -195,8 +197,8 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self.is_last_pp_rank",
         ),
     ),
-    (f"{_V2}.model_states", "init_model_state", ("resolve_model_state_cls(",)),
-    (f"{_V2}.block_table", "BlockTables", ("self.slot_mappings",)),
-    (f"{_V2}.async_utils", "AsyncOutput", ("self.model_runner_output",)),
+    (f"{V2}.model_states", "init_model_state", ("resolve_model_state_cls(",)),
+    (f"{V2}.block_table", "BlockTables", ("self.slot_mappings",)),
+    (f"{V2}.async_utils", "AsyncOutput", ("self.model_runner_output",)),
 )
 """(module, name in it, words of its source)."""

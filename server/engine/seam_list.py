@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headway.server.engine.seam_modules import (
+    BACKEND,
+    CPU_ATTENTION,
+    CPU_RUNNER,
+    CPU_WORKER,
+    GPU_WORKER,
+    KV_MANAGER,
+    LAYERS,
+    REGISTRY,
+    RUNNER,
+    SAMPLER,
+    SCHEDULER,
+    TRITON_ATTENTION,
+    V2,
+)
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -19,21 +35,7 @@ class Seam:
         return f"{self.module}.{self.path}"
 
 
-_RUNNER = "vllm.v1.worker.gpu_model_runner"
-_SCHEDULER = "vllm.v1.core.sched.scheduler"
-_KV_MANAGER = "vllm.v1.core.kv_cache_manager"
-_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
-_CPU_WORKER = "vllm.v1.worker.cpu_worker"
-_CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
-_BACKEND = "vllm.v1.attention.backend"
-_REGISTRY = "vllm.v1.attention.backends.registry"
-_TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
-_V2 = "vllm.v1.worker.gpu"
-_GPU_WORKER = "vllm.v1.worker.gpu_worker"
-_SAMPLER = "vllm.v1.sample.sampler"
-_LAYERS = "vllm.model_executor.layers"
-
-CPU_MODULES = (_CPU_ATTENTION, _CPU_WORKER, _CPU_RUNNER)
+CPU_MODULES = (CPU_ATTENTION, CPU_WORKER, CPU_RUNNER)
 """Not to be imported where vLLM does not serve on CPU: the worker replaces parts of torch."""
 
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
@@ -97,23 +99,23 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.exceptions", "VLLMClientError"),
     # scheduler.py
     Seam(
-        _SCHEDULER,
+        SCHEDULER,
         "Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Seam("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
     # text_pass_scheduler.py, text_passes.py
-    Seam(_SCHEDULER, "Scheduler.add_request", ("self", "request")),
-    Seam(_SCHEDULER, "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
-    Seam(_SCHEDULER, "Scheduler.schedule", ("self",)),
-    Seam(_SCHEDULER, "Scheduler._handle_blocked_waiting_request", ("self", "request")),
+    Seam(SCHEDULER, "Scheduler.add_request", ("self", "request")),
+    Seam(SCHEDULER, "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
+    Seam(SCHEDULER, "Scheduler.schedule", ("self",)),
+    Seam(SCHEDULER, "Scheduler._handle_blocked_waiting_request", ("self", "request")),
     Seam(
-        _SCHEDULER,
+        SCHEDULER,
         "Scheduler._try_schedule_encoder_inputs",
         ("self", "request", "num_computed_tokens", "num_new_tokens"),
     ),
-    Seam(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output")),
-    Seam(_SCHEDULER, "Scheduler.reset_prefix_cache", ("self",)),
+    Seam(SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output")),
+    Seam(SCHEDULER, "Scheduler.reset_prefix_cache", ("self",)),
     Seam("vllm.v1.core.sched.request_queue", "create_request_queue", ("policy",)),
     Seam("vllm.v1.core.sched.request_queue", "RequestQueue.prepend_requests", ("self", "requests")),
     Seam("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks", ("self",)),
@@ -129,42 +131,42 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerConfig",
         ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold"),
     ),
-    Seam(_KV_MANAGER, "KVCacheManager.get_block_ids", ("self", "request_id")),
-    Seam(_KV_MANAGER, "KVCacheManager.evict_blocks", ("self", "block_ids")),
+    Seam(KV_MANAGER, "KVCacheManager.get_block_ids", ("self", "request_id")),
+    Seam(KV_MANAGER, "KVCacheManager.evict_blocks", ("self", "block_ids")),
     Seam(
         "vllm.v1.outputs",
         "ModelRunnerOutput",
         ("req_ids", "req_id_to_index", "sampled_token_ids"),
     ),
     # attention.py
-    Seam(_BACKEND, "AttentionType.DECODER"),
+    Seam(BACKEND, "AttentionType.DECODER"),
     Seam("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
     # cpu_attention.py, config.py
-    Seam(_CPU_ATTENTION, "CPUAttentionBackend.get_impl_cls"),
-    Seam(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD),
-    Seam(_REGISTRY, "register_backend", ("backend", "class_path")),
-    Seam(_REGISTRY, "AttentionBackendEnum.CPU_ATTN"),
+    Seam(CPU_ATTENTION, "CPUAttentionBackend.get_impl_cls"),
+    Seam(CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD),
+    Seam(REGISTRY, "register_backend", ("backend", "class_path")),
+    Seam(REGISTRY, "AttentionBackendEnum.CPU_ATTN"),
     Seam(
-        _CPU_ATTENTION,
+        CPU_ATTENTION,
         "CPUAttentionMetadata",
         ("query_start_loc", "seq_lens", "block_table", "slot_mapping"),
     ),
-    Seam(_CPU_ATTENTION, "_get_attn_isa", ("dtype", "block_size", "head_size", "kv_cache_dtype")),
+    Seam(CPU_ATTENTION, "_get_attn_isa", ("dtype", "block_size", "head_size", "kv_cache_dtype")),
     # gpu_attention.py; FLASH_ATTN and FLASHINFER can be imported on GPU only, see ATTRIBUTES
-    Seam(_REGISTRY, "AttentionBackendEnum.FLASH_ATTN"),
-    Seam(_REGISTRY, "AttentionBackendEnum.FLASHINFER"),
-    Seam(_REGISTRY, "AttentionBackendEnum.TRITON_ATTN"),
+    Seam(REGISTRY, "AttentionBackendEnum.FLASH_ATTN"),
+    Seam(REGISTRY, "AttentionBackendEnum.FLASHINFER"),
+    Seam(REGISTRY, "AttentionBackendEnum.TRITON_ATTN"),
     Seam("vllm.utils.import_utils", "resolve_obj_by_qualname", ("qualname",)),
-    Seam(_TRITON_ATTENTION, "TritonAttentionBackend.get_impl_cls"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionBackend.get_builder_cls"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD),
+    Seam(TRITON_ATTENTION, "TritonAttentionBackend.get_impl_cls"),
+    Seam(TRITON_ATTENTION, "TritonAttentionBackend.get_builder_cls"),
+    Seam(TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD),
     Seam(
-        _TRITON_ATTENTION, "TritonAttentionImpl.fused_output_quant_supported", ("self", "quant_key")
+        TRITON_ATTENTION, "TritonAttentionImpl.fused_output_quant_supported", ("self", "quant_key")
     ),
-    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata", (*_BATCH, "block_table")),
-    Seam(_BACKEND, "CommonAttentionMetadata", (*_BATCH, "block_table_tensor")),
+    Seam(TRITON_ATTENTION, "TritonAttentionMetadata", (*_BATCH, "block_table")),
+    Seam(BACKEND, "CommonAttentionMetadata", (*_BATCH, "block_table_tensor")),
     Seam(
-        _BACKEND,
+        BACKEND,
         "AttentionMetadataBuilder.build",
         ("self", "common_prefix_len", "common_attn_metadata"),
     ),
@@ -181,17 +183,17 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "positions", "hidden_states", "residual"),
     ),
     # cpu_worker.py
-    Seam(_CPU_WORKER, "CPUModelRunner"),
-    Seam(_CPU_WORKER, "CPUWorker.init_device", ("self",)),
-    Seam(_CPU_RUNNER, "CPUModelRunner.load_model", ("self",)),
-    Seam(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output")),
+    Seam(CPU_WORKER, "CPUModelRunner"),
+    Seam(CPU_WORKER, "CPUWorker.init_device", ("self",)),
+    Seam(CPU_RUNNER, "CPUModelRunner.load_model", ("self",)),
+    Seam(RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output")),
     Seam(
-        _RUNNER,
+        RUNNER,
         "GPUModelRunner._prepare_inputs",
         ("self", "scheduler_output", "num_scheduled_tokens"),
     ),
-    Seam(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
-    Seam(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    Seam(RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
+    Seam(RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
     Seam(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
@@ -199,8 +201,8 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),
-    Seam(_RUNNER, "ExecuteModelState", ("logits",)),
-    Seam(_RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids")),
+    Seam(RUNNER, "ExecuteModelState", ("logits",)),
+    Seam(RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids")),
     # gated_request_scheduler.py
     Seam("vllm.v1.request", "Request.is_finished", ("self",)),
     Seam("vllm.v1.request", "RequestStatus.RUNNING"),
@@ -208,8 +210,8 @@ SEAMS: tuple[Seam, ...] = (
     # sampling_gate.py, cpu_sampling.py
     Seam("vllm", "SamplingParams", ("seed",)),
     Seam("vllm", "SamplingParams.all_stop_token_ids"),
-    Seam(_SAMPLER, "Sampler.sample", ("self", "logits", "sampling_metadata")),
-    Seam(_SAMPLER, "Sampler.apply_temperature", ("logits", "temp", "all_random")),
+    Seam(SAMPLER, "Sampler.sample", ("self", "logits", "sampling_metadata")),
+    Seam(SAMPLER, "Sampler.apply_temperature", ("logits", "temp", "all_random")),
     Seam(
         "vllm.v1.sample.metadata",
         "SamplingMetadata",
@@ -222,73 +224,73 @@ SEAMS: tuple[Seam, ...] = (
         ("logits", "k", "p", "allow_cpu_sync"),
     ),
     # kept_weights.py
-    Seam(f"{_LAYERS}.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+    Seam(f"{LAYERS}.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
     # decoder_parts.py
-    Seam(f"{_LAYERS}.layernorm", "RMSNorm", ("hidden_size", "eps", "var_hidden_size")),
-    Seam(f"{_LAYERS}.layernorm", "GemmaRMSNorm", ("hidden_size", "eps")),
-    Seam(f"{_LAYERS}.activation", "SiluAndMul"),
-    Seam(f"{_LAYERS}.activation", "GeluAndMul", ("approximate",)),
+    Seam(f"{LAYERS}.layernorm", "RMSNorm", ("hidden_size", "eps", "var_hidden_size")),
+    Seam(f"{LAYERS}.layernorm", "GemmaRMSNorm", ("hidden_size", "eps")),
+    Seam(f"{LAYERS}.activation", "SiluAndMul"),
+    Seam(f"{LAYERS}.activation", "GeluAndMul", ("approximate",)),
     Seam(
-        f"{_LAYERS}.rotary_embedding",
+        f"{LAYERS}.rotary_embedding",
         "RotaryEmbedding.forward_native",
         ("self", "positions", "query", "key"),
     ),
     Seam(
-        f"{_LAYERS}.rotary_embedding",
+        f"{LAYERS}.rotary_embedding",
         "MRotaryEmbedding.forward_native",
         ("self", "positions", "query", "key"),
     ),
     # gpu_worker.py, gpu_tables.py
-    Seam(_GPU_WORKER, "Worker.init_device", ("self",)),
-    Seam(_GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
-    Seam(_GPU_WORKER, "Worker._make_model_runner", ("self",)),
+    Seam(GPU_WORKER, "Worker.init_device", ("self",)),
+    Seam(GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
+    Seam(GPU_WORKER, "Worker._make_model_runner", ("self",)),
     Seam("vllm.utils.torch_utils", "async_tensor_h2d", ("data", "out")),
     # gpu_runner.py
-    Seam(f"{_V2}.model_runner", "GPUModelRunner.load_model", ("self",)),
-    Seam(f"{_V2}.model_runner", "GPUModelRunner.finish_requests", ("self", "scheduler_output")),
+    Seam(f"{V2}.model_runner", "GPUModelRunner.load_model", ("self",)),
+    Seam(f"{V2}.model_runner", "GPUModelRunner.finish_requests", ("self", "scheduler_output")),
     Seam(
-        f"{_V2}.model_runner",
+        f"{V2}.model_runner",
         "GPUModelRunner.execute_model",
         ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
     ),
-    Seam(f"{_V2}.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
-    Seam(f"{_V2}.model_runner", "GPUModelRunner.capture_model", ("self",)),
+    Seam(f"{V2}.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    Seam(f"{V2}.model_runner", "GPUModelRunner.capture_model", ("self",)),
     Seam(
-        f"{_V2}.model_runner",
+        f"{V2}.model_runner",
         "GPUModelRunner._dummy_run",
         ("self", "num_tokens", "uniform_decode", "skip_eplb"),
     ),
-    Seam(f"{_V2}.model_states", "resolve_model_state_cls", ("vllm_config", "model")),
+    Seam(f"{V2}.model_states", "resolve_model_state_cls", ("vllm_config", "model")),
     Seam(
-        f"{_V2}.model_states.interface",
+        f"{V2}.model_states.interface",
         "ModelState.add_request",
         ("self", "req_index", "new_req_data"),
     ),
-    Seam(f"{_V2}.model_states.interface", "ModelState.preprocess_state", ("self", "input_batch")),
+    Seam(f"{V2}.model_states.interface", "ModelState.preprocess_state", ("self", "input_batch")),
     Seam(
-        f"{_V2}.model_states.interface",
+        f"{V2}.model_states.interface",
         "ModelState.initialize_kv_cache",
         ("self", "kv_cache_config", "block_tables"),
     ),
     Seam(
-        f"{_V2}.input_batch",
+        f"{V2}.input_batch",
         "InputBatch",
         ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np"),
     ),
     Seam(
-        f"{_V2}.cudagraph_utils",
+        f"{V2}.cudagraph_utils",
         "ModelCudaGraphManager.dispatch",
         ("self", "num_reqs", "num_tokens"),
     ),
     Seam(
-        f"{_V2}.cudagraph_utils",
+        f"{V2}.cudagraph_utils",
         "BatchExecutionDescriptor",
         ("cg_mode", "num_tokens", "num_reqs", "num_active_loras"),
     ),
     Seam("vllm.config", "CUDAGraphMode.NONE"),
-    Seam(f"{_V2}.cudagraph_utils", "ModelCudaGraphManager.run_fullgraph", ("self", "desc")),
+    Seam(f"{V2}.cudagraph_utils", "ModelCudaGraphManager.run_fullgraph", ("self", "desc")),
     Seam(
-        f"{_V2}.cudagraph_utils",
+        f"{V2}.cudagraph_utils",
         "ModelCudaGraphManager.run_pw_graph",
         ("self", "model", "model_inputs"),
     ),

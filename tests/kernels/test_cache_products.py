@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 
 from headway.kernels import cache_products as module
 from headway.kernels.cache_products import CacheProducts, CacheProductsError
+from tests.kernels.threads import threads
 
 pytestmark = pytest.mark.unit
 
@@ -101,16 +100,6 @@ def assert_products(result: torch.Tensor, sequences: Sequences, operation: str, 
             of_row = result[row, ..., :length]
         tolerance = 1e-6 * (factors.abs() @ matrix.abs())
         assert ((of_row - factors @ matrix).abs() <= tolerance).all()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[True, False], ids=["kernel", "torch"])

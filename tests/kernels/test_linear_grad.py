@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +9,7 @@ from hypothesis import strategies as st
 
 from headway.kernels import linear_grad as module
 from headway.kernels.linear_grad import LinearGradError, linear_grad
+from tests.kernels.threads import threads
 
 pytestmark = pytest.mark.unit
 
@@ -35,16 +33,6 @@ def assert_product(result: torch.Tensor, grad: torch.Tensor, weight: torch.Tenso
     grad, weight = grad.double(), weight.double()
     tolerance = 1e-6 * (grad.abs() @ weight.abs())
     assert ((result - grad @ weight).abs() <= tolerance).all()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
