@@ -42,6 +42,7 @@ def test_capabilities(server: Server) -> None:
         "max_methods": 16,
         "slots": 32,
         "reports": 1024,
+        "sgrs_requests": 8,
     }
     assert shown["presets"] == ["loud", "quiet"]
     assert shown["methods"]["vhr"]["defaults"]["alpha"] == 2.0
