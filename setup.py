@@ -21,6 +21,12 @@ def kernel(name: str) -> Extension:
     )
 
 
-KERNELS = ("segment_attention", "linear_grad", "cache_products", "row_gradients")
+KERNELS = (
+    "segment_attention",
+    "linear_grad",
+    "cache_products",
+    "row_gradients",
+    "residual_edit",
+)
 
 setup(ext_modules=[kernel(name) for name in KERNELS])

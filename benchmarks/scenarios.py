@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headway.steering import ModelGeometry, SteeringProgram
+from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadField, HeadWords, KeyClass, KeyTag
-from headway.steering.program import HeadEdit, SinkRule
+from headway.steering.program import HeadEdit, ResidualEdit, ResidualSite, SinkRule
 from headway.steering.spans import parse_span
 
 
@@ -108,12 +111,44 @@ def redistribution(geometry: ModelGeometry, index: int) -> SteeringProgram:
     )
 
 
+CLUSTERS = 4
+
+
+def added(geometry: ModelGeometry, index: int, num_layers: int) -> SteeringProgram:
+    """G-ACT's edit at so many layers, spread over the model, with drawn directions and probes.
+
+    So weak that what is generated stays within what the model knows.
+    """
+    draw = np.random.default_rng(index)
+    shape = CLUSTERS, geometry.hidden_size
+    edits, artifacts = [], []
+    for layer in np.linspace(0, geometry.num_layers - 1, num_layers).astype(int).tolist():
+        directions, weights = draw.standard_normal((2, *shape)).astype(np.float32)
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        artifacts.append(ResidualArtifact(directions, weights, np.zeros(CLUSTERS, np.float32)))
+        site = ResidualSite.BLOCK_OUTPUT
+        edits.append(ResidualEdit(layer, artifacts[-1].digest, 0.1, site=site))
+    return SteeringProgram(residual_edits=tuple(edits), artifacts=tuple(artifacts))
+
+
+def gact(geometry: ModelGeometry, index: int) -> SteeringProgram:
+    """G-ACT's edit at four layers, another profile for every configuration."""
+    return added(geometry, index, 4)
+
+
+def gact_everywhere(geometry: ModelGeometry, index: int) -> SteeringProgram:
+    """G-ACT's edit at all layers, another profile for every configuration."""
+    return added(geometry, index, geometry.num_layers)
+
+
 Steering = dict[str, Any] | SteeringProgram
 
 STEERING: dict[str, Callable[[ModelGeometry, int], Steering]] = {
     "affine": affine,
     "locore": locore,
     "sgrs": sgrs,
+    "gact": gact,
+    "gact, all layers": gact_everywhere,
     "redistribution": redistribution,
 }
 """Name -> the `steering` object, or the program, of configuration `index`, for a model."""
@@ -125,12 +160,17 @@ LONG: dict[str, Any] = SHORT | {
     "num_prompts": 1,
     "configurations": 1,
 }
+# On a CUDA device its graphs would need the setting `residual_edits`, which idle engines do without.
+ADDED: dict[str, Any] = {"headway": True, "cpu_only": True}
 GATED: dict[str, Any] = SHORT | {"num_requests": 8, "cpu_only": True}
 
 SCENARIOS = (
     Scenario("stock", headway=False),
     Scenario("idle", headway=True),
     Scenario("affine", headway=True, steering="affine"),
+    Scenario("G-ACT, 4 layers", steering="gact", **ADDED),
+    Scenario("G-ACT, all layers", steering="gact, all layers", **ADDED),
+    Scenario("G-ACT, 1 profile", steering="gact, all layers", configurations=1, **ADDED),
     Scenario("idle, context 512", **SHORT),
     Scenario("LocoRE, context 512", steering="locore", **SHORT),
     Scenario("LocoRE, 4 configurations", steering="locore", **(SHORT | {"configurations": 4})),
@@ -146,6 +186,9 @@ SCENARIOS = (
 COMPARISONS = (
     Comparison("Headway idle / stock vLLM", "idle", "stock", bar=0.99),
     Comparison("affine on every request / idle", "affine", "idle", bar=0.97),
+    Comparison("G-ACT at 4 layers / idle", "G-ACT, 4 layers", "idle", bar=0.97),
+    Comparison("G-ACT at all layers / idle", "G-ACT, all layers", "idle", bar=0.93),
+    Comparison("16 profiles / 1", "G-ACT, all layers", "G-ACT, 1 profile", bar=0.97),
     Comparison("LocoRE / idle, context 512", "LocoRE, context 512", "idle, context 512", bar=0.92),
     Comparison(
         "VAR's edit / idle, context 512", "VAR's edit, context 512", "idle, context 512", bar=0.92

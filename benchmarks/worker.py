@@ -106,6 +106,7 @@ class Load:
             temperature=0, max_tokens=scenario.output_tokens, ignore_eos=True
         )
         self.specs = self._specs()
+        self._load_artifacts()
 
     def run(self) -> dict[str, float]:
         """Serve all requests once; tokens/s counts output tokens, from submission to the end.
@@ -175,6 +176,16 @@ class Load:
             build(geometry, index % scenario.configurations)
             for index in range(scenario.num_requests)
         ]
+
+    def _load_artifacts(self) -> None:
+        """As the server does before it lets a request in that adds vectors."""
+        programs = [spec for spec in self.specs if not isinstance(spec, dict)]
+        artifacts = {each.digest: each for program in programs for each in program.artifacts}
+        if artifacts:
+            from headway.steering.artifacts import encode_artifact
+
+            wires = [encode_artifact(each) for each in artifacts.values()]
+            self.llm.collective_rpc("headway_load_artifacts", args=(wires, self.scenario.name))
 
     def _params(self) -> Any:
         if not self.specs:

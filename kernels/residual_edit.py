@@ -2,18 +2,39 @@
 
 With x the row of the stream and rms = sqrt(mean x^2) over the hidden size:
 
-    cluster  k = argmax over k of (W_k . x / rms + b_k)
-    edit     x <- x + strength * rms * v_k
+    cluster      k = argmax over k of (W_k . x / rms + b_k)
+    RMS          x <- x + strength * rms * v_k
+    ADD          x <- x + strength * v_k
+    REMOVE       x <- x - strength * (x . v_k) / (v_k . v_k) * v_k
 
 G-ACT, arXiv 2506.18887, describes the scheme: steering directions clustered from activation
 differences, and a small probe per layer that picks the direction for what is in the stream. Its
 abstract and first figure were all there was to go by: the norm that the probe sees, and that the
 strength is in units of rms so that it means the same at every depth, are this project's choices.
+ADD is contrastive activation addition (arXiv 2312.06681), REMOVE directional ablation (2406.11717).
+
+`residual_edit.c` is compiled when Headway is installed; where it was not, and for float16, torch
+computes the same, edit by edit.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
 import torch
+
+from headway.kernels.compiled import compiled_library
+
+
+class Form(IntEnum):
+    """What an edit does to a row."""
+
+    RMS = 0
+    ADD = 1
+    REMOVE = 2
 
 
 def residual_edit_reference(
@@ -22,6 +43,7 @@ def residual_edit_reference(
     probe_weights: torch.Tensor,
     probe_bias: torch.Tensor,
     directions: torch.Tensor,
+    form: Form = Form.RMS,
 ) -> torch.Tensor:
     """What one edit adds to its rows, row by row, in float32: float32 [num_rows, hidden_size].
 
@@ -29,38 +51,128 @@ def residual_edit_reference(
     strength: in units of the row's rms. probe_weights, directions: [num_clusters, hidden_size];
     probe_bias: [num_clusters], -inf for a cluster that is not used.
 
-    Of equal logits the first counts. For a row of zeros, which no probe can read, nothing is added.
+    Of equal logits the first counts. Of a row of zeros the probe reads zeros.
     """
     added = torch.zeros(stream.shape, dtype=torch.float32)
     for row, x in enumerate(stream.float()):
         rms = x.square().mean().sqrt()
-        if rms > 0:
-            logits = probe_weights.float() @ (x / rms) + probe_bias.float()
-            added[row] = strength * rms * directions[int(logits.argmax())].float()
+        unit = x / rms if rms > 0 else x
+        logits = probe_weights.float() @ unit + probe_bias.float()
+        v = directions[int(logits.argmax())].float()
+        if form is Form.RMS:
+            added[row] = strength * rms * v
+        elif form is Form.ADD:
+            added[row] = strength * v
+        elif v.any():
+            added[row] = -strength * (x @ v) / (v @ v) * v
     return added
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One edit, as rows are given it; all on CPU and float32.
+
+    directions, probe_weights: [num_clusters, hidden_size]; probe_bias: [num_clusters]. Without a
+    probe (None) the first direction is always taken.
+    """
+
+    directions: torch.Tensor
+    strength: float
+    form: Form = Form.RMS
+    probe_weights: torch.Tensor | None = None
+    probe_bias: torch.Tensor | None = None
+
+
+class EditTable:
+    """Edits as `residual_edit.c` finds them; keeps their tensors alive."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self.edits = tuple(edits)
+        self.entries = (_Entry * len(self.edits))(*map(_entry, self.edits))
 
 
 def residual_edit_(
     hidden_states: torch.Tensor,
     residual: torch.Tensor | None,
     rows: torch.Tensor,
-    strengths: torch.Tensor,
-    probe_weights: torch.Tensor,
-    probe_bias: torch.Tensor,
-    directions: torch.Tensor,
+    which: torch.Tensor,
+    table: EditTable,
 ) -> None:
-    """Apply one edit to the given rows, all at once, on CPU; no other row is touched.
+    """Apply to each of the given rows its edit, on CPU; no other row is touched.
 
     hidden_states: [num_tokens, hidden_size], edited in place; residual: the same or None, only
-    read. rows: int64 [num_rows], without repetition; strengths: float32 [num_rows]. The rest as
-    for the reference. Arithmetic is float32, rounded once when hidden_states is written.
+    read. rows: int64 [num_rows], without repetition; which: int64 [num_rows], index of each row's
+    edit in the table. Arithmetic is float32, rounded once when hidden_states is written.
     """
+    kernel = compiled_library("residual_edit")
+    streams = [hidden_states] if residual is None else [hidden_states, residual]
+    known = hidden_states.dtype in (torch.float32, torch.bfloat16)
+    if kernel is None or not known or any(each.stride(-1) != 1 for each in streams):
+        for index, edit in enumerate(table.edits):
+            _edit_rows(hidden_states, residual, rows[which == index], edit)
+        return
+    call = _Call(
+        hidden_states.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        rows.data_ptr(),
+        which.data_ptr(),
+        ctypes.addressof(table.entries),
+        len(rows),
+        hidden_states.shape[1],
+        hidden_states.stride(0),
+        0 if residual is None else residual.stride(0),
+        hidden_states.dtype is torch.bfloat16,
+    )
+    kernel.headway_residual_edit(ctypes.byref(call))
+
+
+def _edit_rows(
+    hidden_states: torch.Tensor, residual: torch.Tensor | None, rows: torch.Tensor, edit: Edit
+) -> None:
     before = hidden_states[rows].float()
     stream = before if residual is None else before + residual[rows].float()
     rms = stream.square().mean(dim=-1, keepdim=True).sqrt()
-    logits = torch.addmm(
-        probe_bias, stream / rms.clamp_min(torch.finfo(torch.float32).tiny), probe_weights.T
+    chosen = edit.directions[:1]
+    if edit.probe_weights is not None and edit.probe_bias is not None:
+        unit = stream / rms.clamp_min(torch.finfo(torch.float32).tiny)
+        logits = torch.addmm(edit.probe_bias, unit, edit.probe_weights.T)
+        chosen = edit.directions[logits.argmax(dim=-1)]
+    if edit.form is Form.RMS:
+        amount = edit.strength * rms
+    elif edit.form is Form.ADD:
+        amount = torch.full_like(rms, edit.strength)
+    else:
+        square = chosen.square().sum(dim=-1, keepdim=True)
+        along = (stream * chosen).sum(dim=-1, keepdim=True)
+        amount = -edit.strength * torch.where(square > 0, along / square, 0.0)
+    hidden_states[rows] = torch.addcmul(before, amount, chosen).to(hidden_states.dtype)
+
+
+class _Entry(ctypes.Structure):
+    """`struct edit` of residual_edit.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("directions", "weights", "bias")),
+        ("clusters", ctypes.c_int64),
+        ("strength", ctypes.c_float),
+        ("form", ctypes.c_int32),
     )
-    chosen = directions[logits.argmax(dim=-1)]
-    edited = torch.addcmul(before, strengths[:, None] * rms, chosen)
-    hidden_states[rows] = edited.to(hidden_states.dtype)
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of residual_edit.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("hidden", "residual", "rows", "which", "edits")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "size", "hidden_stride")),
+        ("residual_stride", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+    )
+
+
+def _entry(edit: Edit) -> _Entry:
+    tensors = [edit.directions, edit.probe_weights, edit.probe_bias]
+    if any(each is not None and not each.is_contiguous() for each in tensors):
+        raise ValueError("the vectors of an edit must be contiguous")
+    pointers = (None if each is None else each.data_ptr() for each in tensors)
+    return _Entry(*pointers, len(edit.directions), edit.strength, edit.form)

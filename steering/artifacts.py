@@ -47,6 +47,11 @@ class ResidualArtifact:
         """Number of directions."""
         return len(self.directions)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its values."""
+        return self.directions.nbytes + self.probe_weights.nbytes + self.probe_bias.nbytes
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the content: the name that a `ResidualEdit` has for it."""

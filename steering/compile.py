@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headway.steering.errors import Reason, SteeringError
@@ -14,6 +14,7 @@ from headway.steering.program import (
     HeadEdit,
     QueryScope,
     Readout,
+    ResidualEdit,
     SaliencyRule,
     SteeringProgram,
 )
@@ -29,6 +30,7 @@ ENGINE_FEATURES = frozenset(
         Feature.HEAD_AFFINE,
         Feature.HEAD_SELECTION,
         Feature.ATTENTION_EDIT,
+        Feature.RESIDUAL_EDIT,
         Feature.SAMPLING_GATE,
         Feature.READOUT,
     }
@@ -66,13 +68,15 @@ def compile_spec(
         marks=marked[0][1].marks if marked else (),
         marks_param=f"{marked[0][0]}.spans" if marked else "",
         image_param=next((where for where, _, part in parts if part.needs_image), ""),
+        residual_edits=_ordered(edit for _, _, part in parts for edit in part.residual_edits),
+        artifacts=tuple(each for _, _, part in parts for each in part.artifacts),
         head_selection=next((part.head_selection for _, _, part in parts if _selects(part)), None),
         selection_param=next((where for where, _, part in parts if _selects(part)), ""),
         saliency=saliency,
         sampling_gate=next(
             (part.sampling_gate for _, _, part in parts if part.sampling_gate), None
         ),
-        readouts=_readouts(spec, edits, saliency),
+        readouts=_readouts(spec, edits, saliency, [part for _, _, part in parts]),
         applied=tuple(_applied(name, part) for _, name, part in parts),
         warnings=tuple(warning for _, _, part in parts for warning in part.warnings),
         report=spec.report.level,
@@ -103,6 +107,12 @@ def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
             if part.sink_rule and earlier.sink_rule and part.sink_rule != earlier.sink_rule:
                 message = f"{both} tell sinks by different dimensions or thresholds"
                 raise SteeringError(Reason.CONFLICT, message, path)
+            at_both = {edit.point: edit for edit in earlier.residual_edits}
+            for added in part.residual_edits:
+                if added.point in at_both:
+                    where = f"layer {added.layer} ({at_both[added.point].site})"
+                    message = f"{both} both edit the residual stream of {where}"
+                    raise SteeringError(Reason.CONFLICT, message, path)
             if _selects(part) and _selects(earlier):
                 raise SteeringError(Reason.CONFLICT, f"{both} both choose heads", path)
             if part.saliency and earlier.saliency:
@@ -127,6 +137,11 @@ def compose(edits: Sequence[HeadEdit]) -> tuple[HeadEdit, ...]:
     return tuple(sorted(kept, key=lambda edit: edit.scope))
 
 
+def _ordered(edits: Iterable[ResidualEdit]) -> tuple[ResidualEdit, ...]:
+    """In the order in which a token meets them, so that the order of methods does not matter."""
+    return tuple(sorted(edits, key=lambda edit: edit.point))
+
+
 def _selects(part: CompiledMethod) -> bool:
     return part.head_selection is not None
 
@@ -146,20 +161,25 @@ def _saliency(
 
 
 def _readouts(
-    spec: SteeringSpec, edits: Sequence[HeadEdit], saliency: SaliencyRule | None
+    spec: SteeringSpec,
+    edits: Sequence[HeadEdit],
+    saliency: SaliencyRule | None,
+    parts: Sequence[CompiledMethod],
 ) -> tuple[Readout, ...]:
     edits_attention = not all(edit.words.is_affine for edit in edits)
     full = spec.report.level == "full"
     wanted = {
         Readout.CLASS_MASSES: full and edits_attention,
         Readout.SALIENCY: saliency is not None and (full or spec.report.saliency),
+        Readout.PROBES: any(part.probes for part in parts),
     }
     return tuple(readout for readout, asked in wanted.items() if asked)
 
 
 def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
     layers = [edit.words.edits_attention.any(axis=-1) for edit in part.head_edits]
-    scope = part.head_edits[0].scope if part.head_edits else QueryScope.ALL
+    edits = part.head_edits or part.residual_edits
+    scope = edits[0].scope if edits else QueryScope.ALL
     return AppliedMethod(
         name,
         part.details,
@@ -167,6 +187,8 @@ def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
         attention_layers=int(sum(each.sum() for each in layers)),
         chooses_heads=_selects(part),
         gates=part.saliency is not None,
+        profile=part.profile,
+        probes=part.probes,
     )
 
 

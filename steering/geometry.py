@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-FROM_PROFILES = ("sink_dims", "head_profiles")
+if TYPE_CHECKING:
+    from headway.steering.profiles import Profiles
+
+FROM_PROFILES = ("sink_dims", "profiles")
 """The fields of a model's geometry that profiles give."""
 
 
@@ -17,7 +21,7 @@ class ModelGeometry:
     Layers and heads are 0-based; heads are query heads, so under grouped-query attention a head
     index runs to `num_heads`, not to `num_kv_heads`. sink_dims: the dimensions of the residual
     stream that tell sinks (see `headway.steering.sinks`), () where they are not known.
-    head_profiles: (name, its (layer, head) pairs) of each head profile of the server, by name.
+    profiles: those that requests may name, None for none.
     """
 
     num_layers: int
@@ -29,7 +33,7 @@ class ModelGeometry:
     quantized: bool = False
     architecture: str = ""
     sink_dims: tuple[int, ...] = ()
-    head_profiles: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
+    profiles: Profiles | None = field(default=None, compare=False)
 
     @property
     def fingerprint(self) -> str:

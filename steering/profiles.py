@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Protocol, Self, get_args
 
 from pydantic import Field, StringConstraints
 
@@ -36,10 +38,14 @@ class Profile(StrictModel):
 
     @classmethod
     def of(cls, geometry: ModelGeometry, **found: Any) -> Self:
-        """A profile of the model of `geometry`; found: the fields of the subclass."""
-        [kind] = get_args(cls.model_fields["kind"].annotation)
+        """A profile of the model of `geometry`; found: the fields of the subclass.
+
+        The kind need not be given where a subclass has but one.
+        """
+        kinds = get_args(cls.model_fields["kind"].annotation)
+        if len(kinds) == 1:
+            found["kind"] = kinds[0]
         return cls(
-            kind=kind,
             version=1,
             fingerprint=geometry.fingerprint,
             architecture=geometry.architecture,
@@ -78,6 +84,51 @@ class Profile(StrictModel):
                 f"this one is {model}, fingerprint {geometry.fingerprint}"
             )
             raise SteeringError(Reason.PROFILE_MISMATCH, message, param)
+
+
+class AnyProfile(Protocol):
+    """What profiles of all kinds have, also those that are no JSON file."""
+
+    @property
+    def kind(self) -> str:
+        """Which of the kinds of profiles it is."""
+
+    def check_model(self, geometry: ModelGeometry, param: str = "profile") -> None:
+        """Raise SteeringError(E_PROFILE_MISMATCH) if it was made for a model of other sizes."""
+
+
+@dataclass(frozen=True)
+class FoundProfile:
+    """A profile as a request may name it; reference: its name, with its version if it has one."""
+
+    reference: str
+    profile: AnyProfile
+
+
+class Profiles(Protocol):
+    """The profiles that requests may name."""
+
+    def find(self, reference: str) -> FoundProfile | None:
+        """That of a name (the newest version), `name@version` or `sha256:digest`; else None."""
+
+    def names(self) -> tuple[str, ...]:
+        """The names there are, sorted."""
+
+
+@dataclass(frozen=True)
+class NamedProfiles:
+    """Profiles by name, without versions: those that a server was started with."""
+
+    profiles: Mapping[str, AnyProfile]
+
+    def find(self, reference: str) -> FoundProfile | None:
+        """The profile of that name, if there is one."""
+        profile = self.profiles.get(reference)
+        return None if profile is None else FoundProfile(reference, profile)
+
+    def names(self) -> tuple[str, ...]:
+        """The names there are, sorted."""
+        return tuple(sorted(self.profiles))
 
 
 def read_json(path: Path, param: str = "profile") -> Any:

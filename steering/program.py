@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadWords, KeyTag
 
 FINGERPRINT_VERSION = b"headway-program-2"
@@ -52,9 +54,25 @@ class SinkRule:
     tau: float
 
 
+class ResidualSite(StrEnum):
+    """Where in a decoder layer the residual stream is read and edited."""
+
+    BLOCK_INPUT = "block_input"
+    AFTER_ATTENTION = "after_attention"  # before the norm of the MLP
+    BLOCK_OUTPUT = "block_output"  # after the MLP: what enters the next layer, or the final norm
+
+
+class ResidualForm(StrEnum):
+    """What an edit does to a row h, v being its direction."""
+
+    RMS = "rms"  # h += strength * rms(h) * v
+    ADD = "add"  # h += strength * v
+    REMOVE = "remove"  # h -= strength * (h . v) / (v . v) * v
+
+
 @dataclass(frozen=True)
 class ResidualEdit:
-    """h += strength * rms(h) * v where the residual stream enters one layer.
+    """An edit of the residual stream in one layer.
 
     v is a direction of a `ResidualArtifact`, named by its digest: the one that its probe picks for
     the row, or that of `cluster`.
@@ -65,11 +83,34 @@ class ResidualEdit:
     strength: float
     scope: QueryScope = QueryScope.FROM_LAST_PROMPT_TOKEN
     cluster: int | None = None
+    site: ResidualSite = ResidualSite.BLOCK_INPUT
+    form: ResidualForm = ResidualForm.RMS
+
+    @property
+    def point(self) -> int:
+        """Where that is, counted through the model: see `num_points`."""
+        return 2 * self.layer + POINT_IN_LAYER[self.site]
 
     def __post_init__(self) -> None:
         """Raises ValueError for a strength that is not finite."""
         if not math.isfinite(self.strength):
             raise ValueError(f"a residual edit of strength {self.strength}")
+
+
+POINT_IN_LAYER = {
+    ResidualSite.BLOCK_INPUT: 0,
+    ResidualSite.AFTER_ATTENTION: 1,
+    ResidualSite.BLOCK_OUTPUT: 2,
+}
+
+
+def num_points(num_layers: int) -> int:
+    """Points of a model where the residual stream can be edited.
+
+    Point 2 l is where it enters layer l, 2 l + 1 where it leaves the attention of layer l; the last
+    one, 2 * num_layers, is where it leaves the last layer.
+    """
+    return 2 * num_layers + 1
 
 
 @dataclass(frozen=True)
@@ -119,6 +160,7 @@ class Readout(StrEnum):
 
     CLASS_MASSES = "class_masses"
     SALIENCY = "saliency"
+    PROBES = "probes"  # what they read at the last prompt position; where an engine cannot: nothing
 
 
 class Feature(StrEnum):
@@ -133,12 +175,24 @@ class Feature(StrEnum):
 
 
 @dataclass(frozen=True)
+class ProbePoints:
+    """Whose probes are read, for feedback: of which profile, and layer -> point of the model.
+
+    profile: as `FoundProfile.reference` names it.
+    """
+
+    profile: str
+    points: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class AppliedMethod:
     """What one method of the request really does, as reported back to the client.
 
     scope: the query positions it edits, None where it edits none; attention_layers: layers whose
     attention weights it edits. chooses_heads: whether its heads are known only once the engine has
-    chosen them. gates: whether it refuses candidates, which the engine counts.
+    chosen them. gates: whether it refuses candidates, which the engine counts. profile: digest
+    (hex) of the vector profile that its vectors are from. probes: those that are read for feedback.
     """
 
     method: str
@@ -147,6 +201,8 @@ class AppliedMethod:
     attention_layers: int = 0
     chooses_heads: bool = False
     gates: bool = False
+    profile: str | None = None
+    probes: ProbePoints | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -163,6 +219,7 @@ class SteeringProgram:
     marks_param: str = ""  # where in the request they stand, for errors
     image_param: str = ""  # the first method that means nothing without an image, "" for none
     residual_edits: tuple[ResidualEdit, ...] = ()
+    artifacts: tuple[ResidualArtifact, ...] = ()  # those that the residual edits name
     head_selection: HeadSelection | None = None
     selection_param: str = ""  # the method that selects heads, for errors
     saliency: SaliencyRule | None = None
@@ -205,7 +262,7 @@ class SteeringProgram:
             needs.add(Feature.HEAD_SELECTION)
         if self.sampling_gate:
             needs.add(Feature.SAMPLING_GATE)
-        if self.readouts:
+        if any(readout is not Readout.PROBES for readout in self.readouts):
             needs.add(Feature.READOUT)
         return frozenset(needs)
 
@@ -214,7 +271,8 @@ class SteeringProgram:
         """SHA-256 (hex) over everything that shapes the request's keys, values and tokens.
 
         Two requests that ask for the same edits in other words have the same fingerprint. What
-        is only read or reported (readouts, applied, warnings, report level) is left out.
+        is only read or reported (readouts, applied, warnings, report level) is left out, and so are
+        the artefacts, whose digests the edits name.
         """
         digest = hashlib.sha256(FINGERPRINT_VERSION)
         for edit in self.head_edits:

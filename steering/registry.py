@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from headway.steering.errors import Reason, SteeringError
+from headway.steering.methods.act import ACT
 from headway.steering.methods.base import Method
+from headway.steering.methods.caa import CAA
 from headway.steering.methods.emphasis import Emphasis
+from headway.steering.methods.gact import GACT
 from headway.steering.methods.head_ablation import HeadAblation
 from headway.steering.methods.head_scale import HeadScale
 from headway.steering.methods.locore import LocoRE
@@ -22,6 +25,9 @@ METHODS: dict[str, type[Method]] = {
         VAR,
         LocoRE,
         SGRS,
+        GACT,
+        CAA,
+        ACT,
         Emphasis,
         HeadScale,
         HeadAblation,

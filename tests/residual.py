@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from headway.steering.artifacts import ResidualArtifact
-from headway.steering.program import AppliedMethod, QueryScope, ResidualEdit, SteeringProgram
+from headway.steering.program import (
+    AppliedMethod,
+    QueryScope,
+    ResidualEdit,
+    ResidualForm,
+    ResidualSite,
+    SteeringProgram,
+)
 
 
 def drawn_artifact(seed: int, hidden_size: int, num_clusters: int = 3) -> ResidualArtifact:
@@ -40,8 +47,13 @@ class Added:
         self.picked: set[int] = set()
 
     def _edit(self, stream: torch.Tensor, edit: ResidualEdit) -> torch.Tensor:
+        """What the edit makes of the stream of one sequence, [num_tokens, hidden_size]."""
         artifact = self.artifacts[edit.artifact]
-        first = 0 if edit.scope is QueryScope.ALL else self.prompt_len - 1
+        first = {
+            QueryScope.ALL: 0,
+            QueryScope.OUTPUT: self.prompt_len,
+            QueryScope.FROM_LAST_PROMPT_TOKEN: self.prompt_len - 1,
+        }[edit.scope]
         changed = stream.clone()
         for row in range(first, len(stream)):
             x = stream[row]
@@ -50,23 +62,62 @@ class Added:
             scores = probe + torch.tensor(artifact.probe_bias)
             cluster = int(scores.argmax()) if edit.cluster is None else edit.cluster
             self.picked.add(cluster)
-            changed[row] = x + edit.strength * rms * torch.tensor(artifact.directions[cluster])
+            v = torch.tensor(artifact.directions[cluster])
+            if edit.form is ResidualForm.RMS:
+                changed[row] = x + edit.strength * rms * v
+            elif edit.form is ResidualForm.ADD:
+                changed[row] = x + edit.strength * v
+            else:
+                unit = v / v.norm()
+                changed[row] = x - edit.strength * (x @ unit) * unit
         return changed
 
     @contextmanager
     def on(self, layers: Sequence[torch.nn.Module]) -> Any:
-        """Edit what enters the decoder layers of a model, for one sequence at a time."""
+        """Edit the decoder layers of a model as they run, for one sequence at a time."""
         handles = []
         for edit in self.edits:
-
-            def change(module: Any, args: tuple, kwargs: dict, edit: ResidualEdit = edit) -> Any:
-                assert args[0].shape[0] == 1
-                return (self._edit(args[0][0], edit)[None], *args[1:]), kwargs
-
             layer = layers[edit.layer]
-            handles.append(layer.register_forward_pre_hook(change, with_kwargs=True))
+            if edit.site is ResidualSite.BLOCK_INPUT:
+                handles.append(layer.register_forward_pre_hook(self._before(edit)))
+            elif edit.site is ResidualSite.BLOCK_OUTPUT:
+                handles.append(layer.register_forward_hook(self._behind(edit)))
+            else:
+                handles += self._after_attention(layer, edit)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _before(self, edit: ResidualEdit) -> Any:
+        def change(module: Any, args: tuple) -> tuple:
+            assert args[0].shape[0] == 1
+            return (self._edit(args[0][0], edit)[None], *args[1:])
+
+        return change
+
+    def _behind(self, edit: ResidualEdit) -> Any:
+        def change(module: Any, args: tuple, output: Any) -> Any:
+            stream = output[0] if isinstance(output, tuple) else output
+            edited = self._edit(stream[0], edit)[None]
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return change
+
+    def _after_attention(self, layer: Any, edit: ResidualEdit) -> list[Any]:
+        """The layer adds what attention gives to its input: that gives the difference as well."""
+        entered: list[torch.Tensor] = []
+
+        def remember(module: Any, args: tuple) -> None:
+            entered[:] = [args[0][0]]
+
+        def change(module: Any, args: tuple, kwargs: dict, output: tuple) -> tuple:
+            given = output[0][0]
+            stream = entered[0] + given
+            return ((given + self._edit(stream, edit) - stream)[None], *output[1:])
+
+        return [
+            layer.input_layernorm.register_forward_pre_hook(remember),
+            layer.self_attn.register_forward_hook(change, with_kwargs=True),
+        ]

@@ -26,7 +26,8 @@ def cases() -> Iterator[Case]:
         probe_weights = torch.randn(edits, CLUSTERS, HIDDEN, device="cuda")
         probe_bias = torch.randn(edits, CLUSTERS, device="cuda")
         directions = torch.randn(edits, CLUSTERS, HIDDEN, device="cuda")
-        tables = row_slots, slot_edits, strengths, probe_weights, probe_bias, directions
+        forms = torch.zeros(ROWS, dtype=torch.int32, device="cuda")
+        tables = row_slots, slot_edits, strengths, forms, probe_weights, probe_bias, directions
         case = f"{ROWS} rows, {name} of {CLUSTERS} clusters"
         work = model.residual_edit(case, ROWS, HIDDEN, CLUSTERS, edits)
         yield Case(work, partial(residual_edit_, hidden_states, residual, *tables))

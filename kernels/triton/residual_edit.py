@@ -1,8 +1,8 @@
 """Residual edit on the GPU: probe -> argmax -> add, one program per row.
 
-The formula is that of `headway.kernels.residual_edit`. The row is read twice: once for its rms and
-the probe's logits, which are linear in the row and divided by rms at the end, and once to add the
-direction.
+The formulas are those of `headway.kernels.residual_edit`. The row is read twice: once for its rms
+and the probe's logits, which are linear in the row and divided by rms at the end, and once to add
+the direction; to remove a direction, once more for the product with it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from headway.kernels.residual_edit import Form
 from headway.kernels.triton.specialisation import Specialisation
 
 MAX_TILE = 8192  # values of the probe's weights that a program holds at a time
 MAX_BLOCK = 1024  # values of the hidden dimension, likewise
 NUM_WARPS = 8
+
+RMS = tl.constexpr(int(Form.RMS))
+REMOVE = tl.constexpr(int(Form.REMOVE))
 
 
 @triton.jit
@@ -27,6 +31,7 @@ def residual_edit_kernel(
     row_slots: tl.tensor,
     slot_edits: tl.tensor,
     strengths: tl.tensor,
+    slot_forms: tl.tensor,
     probe_weights: tl.tensor,
     probe_bias: tl.tensor,
     directions: tl.tensor,
@@ -53,7 +58,16 @@ def residual_edit_kernel(
     if strength == 0.0:
         return
 
+    form = tl.load(slot_forms + slot)
+
+    # -inf beyond the last cluster, and where one is not used: its weights are not even read.
     cluster = tl.arange(0, CLUSTERS_BLOCK)
+    bias = tl.load(
+        probe_bias + edit * bias_stride + cluster,
+        mask=cluster < NUM_CLUSTERS,
+        other=float("-inf"),
+    )
+    used = bias > float("-inf")
     weights = probe_weights + edit * weights_edit_stride
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     products = tl.zeros([CLUSTERS_BLOCK, BLOCK], dtype=tl.float32)
@@ -67,31 +81,48 @@ def residual_edit_kernel(
             x += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         squares += x * x
         place = weights + cluster[:, None] * weights_cluster_stride + column[None, :]
-        w = tl.load(place, mask=(cluster < NUM_CLUSTERS)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(place, mask=used[:, None] & inside[None, :], other=0.0)
         products += w.to(tl.float32) * x[None, :]
     rms = tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), HIDDEN_SIZE * 1.0))
-    if rms == 0.0:
+    if (rms == 0.0) & (form == RMS):
         return
 
-    # -inf beyond the last cluster, and instead of the NaN that a row of infinities gives: whatever
-    # the row holds, the cluster chosen must be one that exists.
-    bias = tl.load(
-        probe_bias + edit * bias_stride + cluster,
-        mask=cluster < NUM_CLUSTERS,
-        other=float("-inf"),
-    )
-    logits = tl.sum(products, axis=1) / rms + bias
+    # -inf also instead of the NaN that a row of infinities gives: whatever the row holds, the
+    # cluster chosen must be one that exists. Of a row of zeros the probe reads zeros.
+    inverse = tl.where(rms > 0.0, 1.0 / tl.where(rms > 0.0, rms, 1.0), 0.0)
+    logits = tl.sum(products, axis=1) * inverse + bias
     logits = tl.where(logits == logits, logits, float("-inf"))
     chosen = tl.argmax(logits, axis=0, tie_break_left=True)
 
     direction = directions + edit * directions_edit_stride + chosen * directions_cluster_stride
+    amount = strength
+    if form == RMS:
+        amount = strength * rms
+    elif form == REMOVE:
+        along = tl.zeros([BLOCK], dtype=tl.float32)
+        square = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, HIDDEN_SIZE, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < HIDDEN_SIZE
+            place = hidden_states + row * hidden_stride + column
+            x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            if residual is not None:
+                place = residual + row * residual_stride + column
+                x += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(direction + column, mask=inside, other=0.0).to(tl.float32)
+            along += x * v
+            square += v * v
+        length = tl.sum(square, axis=0)
+        if length == 0.0:
+            return
+        amount = -strength * tl.sum(along, axis=0) / length
     for start in range(0, HIDDEN_SIZE, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < HIDDEN_SIZE
         place = hidden_states + row * hidden_stride + column
         before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(direction + column, mask=inside, other=0.0).to(tl.float32)
-        edited = before + strength * rms * v
+        edited = before + amount * v
         tl.store(place, edited.to(hidden_states.dtype.element_ty), mask=inside)
 
 
@@ -101,6 +132,7 @@ def residual_edit_(
     row_slots: torch.Tensor,
     slot_edits: torch.Tensor,
     strengths: torch.Tensor,
+    slot_forms: torch.Tensor,
     probe_weights: torch.Tensor,
     probe_bias: torch.Tensor,
     directions: torch.Tensor,
@@ -110,8 +142,8 @@ def residual_edit_(
     hidden_states: [num_tokens, hidden_size], float32, bfloat16 or float16, edited in place;
     residual: the same or None, only read. The probe reads their sum, in float32.
     row_slots: int32 [>= num_tokens], the slot of a row, -1 for none. slot_edits: int32 [capacity],
-    the edit of a slot, -1 for none; strengths: float32 [capacity], of a slot, in units of the row's
-    rms, 0 leaves the row alone.
+    the edit of a slot, -1 for none; strengths: float32 [capacity], of a slot, 0 leaves the row
+    alone; slot_forms: int32 [capacity], its `Form`.
     probe_weights, directions: [num_edits, num_clusters, hidden_size], float32 or bfloat16.
     probe_bias: float32 [num_edits, num_clusters], -inf for a cluster that is not used.
 
@@ -137,6 +169,7 @@ def residual_edit_(
         row_slots,
         slot_edits,
         strengths,
+        slot_forms,
         probe_weights,
         probe_bias,
         directions,
@@ -173,6 +206,7 @@ def specialisations() -> Iterator[Specialisation]:
                 "row_slots": "*i32",
                 "slot_edits": "*i32",
                 "strengths": "*fp32",
+                "slot_forms": "*i32",
                 "probe_weights": f"*{table}",
                 "probe_bias": "*fp32",
                 "directions": f"*{table}",

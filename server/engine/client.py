@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from headway.server.engine.report import EngineReport, merge_heads, merge_readings
+from headway.server.engine.report import EngineReport, merge_heads, merge_probes, merge_readings
 
 
 class SteeringClient:
-    """Asks the workers for reports and statistics.
+    """Asks the workers for reports and statistics, and has them load artefacts.
 
     engine_client: vLLM's `EngineClient` (AsyncLLM).
     """
@@ -30,6 +30,14 @@ class SteeringClient:
         engines = await self._ask("headway_pop_report", report_id)
         reports = [report for workers in engines if (report := engine_report(workers))]
         return reduce(EngineReport.merge, reports) if reports else None
+
+    async def load_artifacts(self, wires: list[dict[str, Any]], holder: str) -> None:
+        """Have all workers keep artefacts; raises what they raise."""
+        await self._ask("headway_load_artifacts", wires, holder)
+
+    async def unload_artifacts(self, digests: list[str], holder: str) -> None:
+        """Have all workers let go of artefacts."""
+        await self._ask("headway_unload_artifacts", digests, holder)
 
     async def statistics(self) -> list[dict[str, Any]]:
         """Per-worker statistics (see `SteeringRpc.headway_statistics`)."""
@@ -57,4 +65,5 @@ def engine_report(workers: list[dict[str, Any] | None]) -> EngineReport | None:
     if chosen is not None:
         chosen.readings = merge_readings([report.readings for report in reports])
         chosen.heads = merge_heads(report.heads for report in reports)
+        chosen.probes = merge_probes(report.probes for report in reports)
     return chosen

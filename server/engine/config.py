@@ -7,13 +7,15 @@ vLLM symbols relied on: `VllmConfig.additional_config`, `ModelConfig` predicates
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from headway.kernels.segment_attention import BLOCK_MULTIPLE, DTYPES, library_path
 from headway.steering import Reason, SteeringError, SteeringProgram
-from headway.steering.program import Feature
+from headway.steering.program import Feature, ResidualEdit, ResidualSite
 
 KEY = "headway"
 
@@ -112,27 +114,77 @@ def _unsupported_cpu_cache(model: Any, cache: Any) -> str | None:
     return None
 
 
+RESIDUAL_EDITS = "residual_edits"
+AFTER_ATTENTION = "after_attention"
+
+
 def captures_residual(vllm_config: Any) -> bool:
     """Whether CUDA graphs hold residual edits: `{"headway": {"residual_edits": true}}`.
 
     They cost a launch a layer in every step, also where nobody asks for them.
     """
-    return bool(vllm_config.additional_config[KEY].get("residual_edits", False))
+    return bool(vllm_config.additional_config[KEY].get(RESIDUAL_EDITS, False))
 
 
-def unsupported_residual(vllm_config: Any) -> str | None:
-    """Why the residual stream cannot be edited in this engine, or None if it can."""
+def edits_after_attention(vllm_config: Any) -> bool:
+    """Whether the stream can be edited between attention and MLP.
+
+    A compiled model has a call for it in every layer, used or not, so that there it must be asked
+    for: `{"headway": {"residual_edits": "after_attention"}}`.
+    """
+    asked = vllm_config.additional_config[KEY].get(RESIDUAL_EDITS) == AFTER_ATTENTION
+    return asked or bool(vllm_config.model_config.enforce_eager)
+
+
+def unsupported_residual(vllm_config: Any, edits: Sequence[ResidualEdit] = ()) -> str | None:
+    """Why this engine cannot edit the residual stream, or not so, or None if it can."""
+    model = vllm_config.model_config
+    inside = any(edit.site is ResidualSite.AFTER_ATTENTION for edit in edits)
+    text = getattr(model.hf_text_config, "model_type", "") if edits else ""
+    end = 2 * model.get_total_num_hidden_layers() if edits else 0
+    if edits and text not in KNOWN_LAYERS and (inside or any(edit.point == end for edit in edits)):
+        return (
+            "edits after attention and behind the last layer need to know where norms stand, which "
+            f"Headway does not for {text}; edit the output of another layer"
+        )
+    # A dry run without an engine has no compilation.
     compilation = getattr(vllm_config, "compilation_config", None)
     graphs = compilation is not None and bool(compilation.cudagraph_mode)
     if uses_gpu_runner(vllm_config) and graphs and not captures_residual(vllm_config):
         return 'CUDA graphs were captured without {"headway": {"residual_edits": true}}'
+    if inside and compilation is not None and not edits_after_attention(vllm_config):
+        setting = '{"headway": {"residual_edits": "after_attention"}}'
+        return f"edits after attention in a compiled model need the setting {setting}"
     return None
+
+
+def unsupported_feedback(vllm_config: Any) -> str | None:
+    """Why nothing is kept of what probes read in this engine, or None if it is."""
+    if uses_gpu_runner(vllm_config):
+        return "feedback is not there yet on vLLM's V2 runner and on GPU, where no probe is read"
+    return None
+
+
+VECTOR_MEMORY = "max_vector_memory"
+DEFAULT_VECTOR_MEMORY = 512
+
+
+def max_vector_bytes(vllm_config: Any) -> int:
+    """How much memory of each worker the vectors of profiles may take that came over HTTP.
+
+    The setting `{"headway": {"max_vector_memory": MIB}}`. Raises ValueError if it is no number.
+    """
+    settings = (getattr(vllm_config, "additional_config", None) or {}).get(KEY) or {}
+    number = settings.get(VECTOR_MEMORY, DEFAULT_VECTOR_MEMORY)
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{KEY}.{VECTOR_MEMORY} must be a whole number of MiB: {number!r}")
+    return number * 1024 * 1024
 
 
 SGRS_REQUESTS = "max_sgrs_requests"
 DEFAULT_SGRS_REQUESTS = 8
 
-DIFFERENTIABLE = (
+KNOWN_LAYERS = (
     "llama",
     "mistral",
     "qwen2",
@@ -144,7 +196,8 @@ DIFFERENTIABLE = (
     "qwen2_5_vl",
     "qwen2_5_vl_text",
 )
-"""`model_type` of the text models whose layers the pass for saliencies knows how to run."""
+"""`model_type` of the text models of whose layers it is known what stands where, and how to go
+back through them."""
 
 
 def max_sgrs_requests(vllm_config: Any) -> int:
@@ -178,8 +231,8 @@ def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
     text = getattr(model.hf_text_config, "model_type", "")
     if getattr(model.hf_text_config, "llama_4_scaling", None) is not None:
         return Reason.UNSUPPORTED, f"SGRS does not know the queries of {text} with llama_4_scaling"
-    if text not in DIFFERENTIABLE:
-        known = ", ".join(DIFFERENTIABLE)
+    if text not in KNOWN_LAYERS:
+        known = ", ".join(KNOWN_LAYERS)
         message = (
             f"SGRS does not know the layers of {text} ({model.architecture}); it knows: {known}"
         )
@@ -206,12 +259,12 @@ def refuse_unsupported(program: SteeringProgram, vllm_config: Any, param: str = 
 
     E_UNSUPPORTED, or E_QUANTIZED where the weights are what stands against it.
     """
-    checks = {
+    reasons: dict[Feature, Callable[[Any], str | None]] = {
         Feature.ATTENTION_EDIT: unsupported_attention,
-        Feature.RESIDUAL_EDIT: unsupported_residual,
+        Feature.RESIDUAL_EDIT: partial(unsupported_residual, edits=program.residual_edits),
     }
-    for feature, check in checks.items():
-        if feature in program.features and (reason := check(vllm_config)):
+    for feature, reason_of in reasons.items():
+        if feature in program.features and (reason := reason_of(vllm_config)):
             raise SteeringError(Reason.UNSUPPORTED, reason, param)
     if program.saliency is not None and program.residual_edits:
         message = "SGRS does not go back through edits of the residual stream"

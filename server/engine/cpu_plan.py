@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from headway.kernels.head_affine import Rows, head_affine_
-from headway.kernels.residual_edit import residual_edit_
 from headway.server.engine.attention_layout import AttentionLayout
 from headway.server.engine.head_choice import Gather, choose_heads
+from headway.server.engine.probe_readings import ProbeRow
 from headway.server.engine.readings import Readings, RequestReadings
+from headway.server.engine.residual_layout import ResidualLayout
 from headway.server.engine.saliency_tape import SaliencyTape
 from headway.server.engine.sinks import SinkRows, SinkTags, sink_flags
 from headway.server.engine.slots import SlotTables
@@ -24,7 +25,7 @@ from headway.server.engine.step_plan import AttentionCall, Scheduled, Span, Step
 GATHER_LIMIT = 1 << 22
 """Largest number of scales gathered for all layers at once; beyond it, layer by layer."""
 
-Item = TypeVar("Item", Span, SinkRows)
+Item = TypeVar("Item", Span, SinkRows, ProbeRow)
 
 
 def identity(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ class RowLayout:
     """The rows of some spans, laid out for the kernels; kept while the batch stays the same.
 
     rows: the rows to scale and shift; slots: int64 [num_rows], the slot of each; layers: scaled or
-    shifted by any; add_layers: at whose entrance any adds to the residual stream.
+    shifted by any; residual: the residual edits of all.
     """
 
     spans: tuple[Span, ...]
@@ -45,7 +46,7 @@ class RowLayout:
     slots: torch.Tensor
     layers: frozenset[int]
     shift_layers: frozenset[int]
-    add_layers: frozenset[int]
+    residual: ResidualLayout
     scale: torch.Tensor | None  # [num_layers, num_rows, heads] where it was gathered at once
     attention: AttentionLayout
 
@@ -61,7 +62,6 @@ class RowLayout:
         rows = slice(int(index[0]), int(index[-1]) + 1) if contiguous else torch.from_numpy(index)
         layers = np.flatnonzero(tables.affine[used].any(axis=0))
         shift_layers = np.flatnonzero(tables.shifted[used].any(axis=0))
-        add_layers = np.flatnonzero(tables.adds[used].any(axis=0))
         num_layers, _, heads = tables.scale.shape
         gathered = None
         if len(layers) and num_layers * len(index) * heads <= GATHER_LIMIT:
@@ -72,7 +72,7 @@ class RowLayout:
             slots,
             frozenset(layers.tolist()),
             frozenset(shift_layers.tolist()),
-            frozenset(add_layers.tolist()),
+            ResidualLayout(spans, tables),
             gathered,
             AttentionLayout(spans, tables),
         )
@@ -83,13 +83,14 @@ class CpuStepPlan(StepPlan):
     """A step on CPU.
 
     positions: int32 [num_spans], the position of the first row of each span. sink_tags: where the
-    tags live.
+    tags live. probe_rows: those of which it is kept what the probes read.
     """
 
     layout: RowLayout
     positions: np.ndarray
     sink_tags: SinkTags
     readings: Readings | None = None
+    probe_rows: tuple[ProbeRow, ...] = ()
     _flags: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def attends(self, layer: int) -> bool:
@@ -99,17 +100,27 @@ class CpuStepPlan(StepPlan):
 
     @property
     def watches_residual(self) -> bool:
-        return bool(self.sink_rows or self.layout.add_layers)
+        return bool(self.sink_rows or self.layout.residual.points)
 
     def edit_residual(
-        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        if layer not in self.layout.add_layers:
+        layout = self.layout.residual
+        if point not in layout.points:
             return
-        spans = [span for span in self.spans if self.tables.adds[span.slot, layer]]
         started = time.perf_counter()
-        self._each(spans, lambda span: self._add(span, layer, hidden_states, residual))
-        self.residual_done.add(layer)
+        if self.probe_rows:
+            stream, parts = (hidden_states, residual), self.tables.parts
+            self._each(self.probe_rows, lambda each: each.read(point, parts[each.slot], *stream))
+        try:
+            layout.edit(point, hidden_states, residual)
+        except Exception:
+            # Nothing was written yet: once more, request by request, to find whose edit it is.
+            self._each(
+                [span for span in self.spans if self.tables.adds[span.slot, point]],
+                lambda span: layout.alone(span).edit(point, hidden_states, residual),
+            )
+        self.residual_done.add(point)
         self.seconds += time.perf_counter() - started
 
     def observe_residual(
@@ -190,19 +201,6 @@ class CpuStepPlan(StepPlan):
             except Exception as error:
                 self.failures.setdefault(item.request_id, error)
 
-    def _add(
-        self,
-        span: Span,
-        layer: int,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> None:
-        part = self.tables.parts[span.slot][layer]
-        rows = torch.arange(span.start, span.stop)
-        strengths = torch.full((len(rows),), part.strength)
-        vectors = (torch.from_numpy(array) for array in part.vectors())
-        residual_edit_(hidden_states, residual, rows, strengths, *vectors)
-
     def _edit_span(self, layer: int, output: torch.Tensor, span: Span) -> None:
         slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int64)
         shifted = bool(self.tables.shifted[span.slot, layer])
@@ -252,6 +250,7 @@ class CpuPlanner:
             np.array(step.positions, dtype=np.int32),
             self.sink_tags,
             Readings(self.tables, step.readings, step.mass_rows) if step.readings else None,
+            tuple(step.probe_rows),
             captures=tuple(step.captures),
             choices=tuple(step.choices),
             scale=self._scale,

@@ -21,7 +21,7 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from headway.server.engine import attention, cpu_attention, layer_boundary
-from headway.server.engine.config import unsupported_saliency
+from headway.server.engine.config import edits_after_attention, unsupported_saliency
 from headway.server.engine.cpu_generators import only_streams_in_use
 from headway.server.engine.cpu_plan import CpuPlanner
 from headway.server.engine.cpu_sampling import gated_sampling
@@ -52,7 +52,7 @@ class SteeringCPUModelRunner(CPUModelRunner):
         self.steering = SteeringState(tables.geometry, CpuPlanner(tables, gather_heads))
         context = self.vllm_config.compilation_config.static_forward_context
         layers = attention.decoder_layers(context, self.model)
-        layer_boundary.install(self.model, layers)
+        layer_boundary.install(self.model, layers, edits_after_attention(self.vllm_config))
         self.decoder = self._read_decoder(layers) if wants_saliency else None
 
     def _read_decoder(self, layers: dict[str, Any]) -> Decoder | None:

@@ -21,15 +21,19 @@ from pydantic import TypeAdapter, ValidationError
 from headway.server.engine.config import KEY, is_enabled
 from headway.steering import ModelGeometry, Reason, SteeringError
 from headway.steering.heads import HeadProfile
-from headway.steering.profiles import Profile, read_json
+from headway.steering.profiles import AnyProfile, NamedProfiles, Profile, read_json
 from headway.steering.schema import PresetName
 from headway.steering.sinks import ModelFacts, SinkProfile, known_sink_dims
+from headway.steering.vectors import VectorProfile
 
 PROFILES = "profiles"
 """The setting of Headway that names profile files."""
 
 KINDS: dict[str, type[Profile]] = {"sinks": SinkProfile, "heads": HeadProfile}
-"""The `kind` of a profile file -> what it is read as."""
+"""The `kind` of a JSON profile -> what it is read as."""
+
+VECTORS_SUFFIX = ".safetensors"
+"""Ends the name of a file that holds a vector profile; other profiles are JSON."""
 
 _PATHS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[PresetName, str])
 
@@ -54,8 +58,7 @@ def geometry_of(vllm_config: Any) -> ModelGeometry:
     profiles = load_profiles(profile_paths(vllm_config), geometry)
     sinks = sink_profile(profiles)
     dims = sinks.dims if sinks else known_sink_dims(facts_of(model, geometry))
-    heads = ((name, each.heads) for name, each in profiles.items() if isinstance(each, HeadProfile))
-    return replace(geometry, sink_dims=dims or (), head_profiles=tuple(heads))
+    return replace(geometry, sink_dims=dims or (), profiles=NamedProfiles(profiles))
 
 
 def check_profiles(vllm_config: Any) -> None:
@@ -77,12 +80,12 @@ def profile_paths(vllm_config: Any) -> dict[str, str]:
         raise ValueError(message) from None
 
 
-def load_profiles(paths: Mapping[str, str], geometry: ModelGeometry) -> dict[str, Profile]:
+def load_profiles(paths: Mapping[str, str], geometry: ModelGeometry) -> dict[str, AnyProfile]:
     """The named profile files, each checked against the model, in order of their names.
 
     Raises ValueError that names the profile.
     """
-    profiles: dict[str, Profile] = {}
+    profiles: dict[str, AnyProfile] = {}
     for name, path in sorted(paths.items()):
         try:
             profiles[name] = load_profile(path)
@@ -92,7 +95,7 @@ def load_profiles(paths: Mapping[str, str], geometry: ModelGeometry) -> dict[str
     return profiles
 
 
-def sink_profile(profiles: Mapping[str, Profile]) -> SinkProfile | None:
+def sink_profile(profiles: Mapping[str, AnyProfile]) -> SinkProfile | None:
     """The sinks profile among them, None if there is none. Raises ValueError for several."""
     found = {name: each for name, each in profiles.items() if isinstance(each, SinkProfile)}
     if len(found) > 1:
@@ -102,14 +105,20 @@ def sink_profile(profiles: Mapping[str, Profile]) -> SinkProfile | None:
 
 
 @lru_cache
-def load_profile(path: str) -> Profile:
+def load_profile(path: str) -> AnyProfile:
     """A profile file of any kind, read once per process. Raises SteeringError(E_BAD_PARAM)."""
-    value = read_json(Path(path))
+    if path.endswith(VECTORS_SUFFIX):
+        return VectorProfile.load(Path(path))
+    return parse_profile(read_json(Path(path)))
+
+
+def parse_profile(value: Any, param: str = "profile") -> Profile:
+    """A profile that is JSON, of any kind. Raises SteeringError(E_BAD_PARAM)."""
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         message = f"must be one of {', '.join(KINDS)}, got {json.dumps(kind)}"
-        raise SteeringError(Reason.BAD_PARAM, message, "profile.kind")
-    return KINDS[kind].parse(value)
+        raise SteeringError(Reason.BAD_PARAM, message, f"{param}.kind")
+    return KINDS[kind].parse(value, param)
 
 
 def facts_of(model_config: Any, geometry: ModelGeometry) -> ModelFacts:

@@ -64,24 +64,25 @@ class GpuStepPlan(StepPlan):
         return self.capturing or bool(self._adds.any() or self._sinks.any())
 
     def edit_residual(
-        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         planner, tables = self.planner, self.planner.tables
-        if not (planner.captures_residual if self.capturing else self._adds[layer]):
+        if not (planner.captures_residual if self.capturing else self._adds[point]):
             return
-        row = tables.row_of(layer)
-        with self._attempt(lambda: self._users_of(tables.adds, layer)):
+        row = tables.row_of_point(point)
+        with self._attempt(lambda: self._users_of(tables.adds, point)):
             residual_edit_(
                 hidden_states,
                 residual,
                 planner.buffers.row_slots,
                 tables.added[row],
                 tables.strengths[row],
+                tables.forms[row],
                 tables.probe_weights,
                 tables.probe_bias,
                 tables.directions,
             )
-            self.residual_done.add(layer)
+            self.residual_done.add(point)
 
     def observe_residual(
         self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -146,8 +147,8 @@ class GpuStepPlan(StepPlan):
             self.attention_done |= captured.attention_done
             self.affine_done |= captured.affine_done
 
-    def _users_of(self, edits: np.ndarray, layer: int) -> list[str]:
-        return [span.request_id for span in self.spans if edits[span.slot, layer]]
+    def _users_of(self, edits: np.ndarray, place: int) -> list[str]:
+        return [span.request_id for span in self.spans if edits[span.slot, place]]
 
     @contextmanager
     def _attempt(self, request_ids: Callable[[], list[str]]) -> Iterator[None]:

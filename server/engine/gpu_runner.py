@@ -27,6 +27,7 @@ from headway.server.engine import layer_boundary
 from headway.server.engine.attention import decoder_layers, layer_index
 from headway.server.engine.config import (
     captures_residual,
+    edits_after_attention,
     unsupported_attention,
     unsupported_request,
     unsupported_residual,
@@ -72,7 +73,7 @@ class SteeringModelRunner:
         )
         self.steering = SteeringState(geometry, self.planner)
         if self.planner.can_tag or unsupported_residual(self.vllm_config) is None:
-            layer_boundary.install(self.model, layers)
+            layer_boundary.install(self.model, layers, edits_after_attention(self.vllm_config))
         self.model_state.headway = self
 
     def finish_requests(self: Any, scheduler_output: Any) -> None:

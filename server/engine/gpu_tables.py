@@ -19,9 +19,11 @@ MAX_SHIFTS = 4096
 """Vectors that all running requests together may add to head outputs, on one worker."""
 
 
-MAX_VECTORS, MAX_CLUSTERS = 16, 8
-"""Sets of directions that all running requests together may add to the residual stream, on one
-worker, and how many directions a set has at most."""
+MAX_CLUSTERS = 16
+"""Most directions of a set, which is what a request adds to the residual stream at one place."""
+
+MAX_VECTORS, VECTOR_BYTES = 1024, 256 * 1024 * 1024
+"""Sets that all running requests together may use, on one worker, and the memory for them."""
 
 
 def upload(target: torch.Tensor, values: np.ndarray) -> None:
@@ -35,9 +37,10 @@ class GpuTables(SlotTables):
 
     edits: uint8, as words without the last dimension: where a word edits attention.
     tags: uint8 [max_num_seqs, max_len].
-    added, strengths: int32 and float32 [layers of this stage, capacity], the vectors that a slot
-    adds, -1 for none, and how strongly. probe_weights, directions: float32 [MAX_VECTORS,
-    MAX_CLUSTERS, hidden_size]; probe_bias: float32 [MAX_VECTORS, MAX_CLUSTERS].
+    added, strengths, forms: int32, float32 and int32 [points of this stage, capacity], the vectors
+    that a slot adds, -1 for none, how strongly, and in which `Form`. probe_weights, directions:
+    float32 [max_vectors, MAX_CLUSTERS, hidden_size]; probe_bias: float32 [max_vectors,
+    MAX_CLUSTERS]; max_vectors follows from VECTOR_BYTES.
     """
 
     max_clusters = MAX_CLUSTERS
@@ -50,21 +53,28 @@ class GpuTables(SlotTables):
         self.position_tags = torch.zeros(
             self.max_num_seqs, self.max_len, dtype=torch.uint8, device=device
         )
-        layers = shape[:2]
-        self.added = torch.full(layers, -1, dtype=torch.int32, device=device)
-        self.strengths = torch.zeros(layers, device=device)
-        vectors = MAX_VECTORS, MAX_CLUSTERS, self.geometry.hidden_size
+        points = len(self.points), self.capacity
+        self.added = torch.full(points, -1, dtype=torch.int32, device=device)
+        self.strengths = torch.zeros(points, device=device)
+        self.forms = torch.zeros(points, dtype=torch.int32, device=device)
+        set_bytes = 2 * 4 * MAX_CLUSTERS * self.geometry.hidden_size
+        self.max_vectors = min(MAX_VECTORS, VECTOR_BYTES // set_bytes)
+        vectors = self.max_vectors, MAX_CLUSTERS, self.geometry.hidden_size
         self.probe_weights = torch.zeros(vectors, device=device)
         self.directions = torch.zeros(vectors, device=device)
         self.probe_bias = torch.full(vectors[:2], -torch.inf, device=device)
         self._vectors: dict[tuple[str, int | None], int] = {}
-        self._users: list[set[int]] = [set() for _ in range(MAX_VECTORS)]
+        self._users: list[set[int]] = [set() for _ in range(self.max_vectors)]
         self._free_shifts = list(range(MAX_SHIFTS - 1, -1, -1))
         self._shifts_of: dict[int, list[int]] = {}
 
     def row_of(self, layer: int) -> int:
         """Where a layer of this stage is in the tables."""
         return layer - self.layers.start
+
+    def row_of_point(self, point: int) -> int:
+        """Where a point of this stage is in the tables."""
+        return point - self.points.start
 
     def multiply(self, layer: int, slot: int, scale: torch.Tensor) -> None:
         self.head_words[self.row_of(layer), slot, :, HeadField.SCALE] *= scale
@@ -98,15 +108,18 @@ class GpuTables(SlotTables):
         return np.where(indices >= 0, places, -1)
 
     def _upload_parts(self, slot: int, parts: Sequence[ResidualPart]) -> None:
-        added = np.full(len(self.layers), -1, dtype=np.int32)
-        strengths = np.zeros(len(self.layers), dtype=np.float32)
+        added = np.full(len(self.points), -1, dtype=np.int32)
+        strengths = np.zeros(len(self.points), dtype=np.float32)
+        forms = np.zeros(len(self.points), dtype=np.int32)
         for users in self._users:
             users.discard(slot)
         for part in parts:
-            row = self.row_of(part.layer)
+            row = self.row_of_point(part.point)
             added[row], strengths[row] = self._vectors_of(part, slot), part.strength
+            forms[row] = part.form
         upload(self.added[:, slot], added)
         upload(self.strengths[:, slot], strengths)
+        upload(self.forms[:, slot], forms)
 
     def _vectors_of(self, part: ResidualPart, slot: int) -> int:
         """Where the vectors of a part are; uploads them if they are not there."""
@@ -115,7 +128,9 @@ class GpuTables(SlotTables):
             unused = (row for row, users in enumerate(self._users) if not users)
             row = next(unused, None)
             if row is None:
-                raise RuntimeError(f"running requests add vectors of more than {MAX_VECTORS} sets")
+                raise RuntimeError(
+                    f"running requests add vectors of more than {self.max_vectors} sets"
+                )
             self._vectors = {key: at for key, at in self._vectors.items() if at != row}
             weights, bias, directions = part.vectors()
             count = len(bias)

@@ -21,6 +21,8 @@ class EngineReport:
     saliency: of each sequence, where the program needs saliencies: `draws`, `refusals`, `fallbacks`
         and `tokens`, a list of [position, token id, saliency, threshold, draws, refusals,
         fallback], saliency and threshold None where there is none.
+    probes: [point, cluster, row] of each probe that was read at the last prompt position of the
+        first sequence: which cluster it picked for which x / rms(x), as float32 bytes.
     """
 
     sequences: int = 0
@@ -33,6 +35,7 @@ class EngineReport:
     readings: dict[str, Any] | None = None
     heads: list[list[int]] = field(default_factory=list)
     saliency: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[list[Any]] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -71,12 +74,25 @@ class EngineReport:
             merge_readings([self.readings, other.readings]),
             merge_heads([self.heads, other.heads]),
             self.saliency + other.saliency,
+            merge_probes([self.probes, other.probes]),
         )
 
 
 def merge_heads(parts: Iterable[list[list[int]]]) -> list[list[int]]:
     """Heads of several ranks, each with heads of its own, or of several sequences."""
     return [list(head) for head in sorted({tuple(head) for part in parts for head in part})]
+
+
+def merge_probes(parts: Iterable[list[list[Any]]]) -> list[list[Any]]:
+    """What several ranks, each with points of its own or with the same, or engines read.
+
+    Of a point the first counts.
+    """
+    first: dict[int, list[Any]] = {}
+    for part in parts:
+        for read in part:
+            first.setdefault(read[0], read)
+    return [first[point] for point in sorted(first)]
 
 
 def merge_readings(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:

@@ -182,6 +182,8 @@ SEAMS: tuple[Seam, ...] = (
         "LlamaDecoderLayer.forward",
         ("self", "positions", "hidden_states", "residual"),
     ),
+    Seam(f"{LAYERS}.layernorm", "RMSNorm.forward_native", ("self", "x", "residual")),
+    Seam(f"{LAYERS}.layernorm", "GemmaRMSNorm.forward_native", ("self", "x", "residual")),
     # cpu_worker.py
     Seam(CPU_WORKER, "CPUModelRunner"),
     Seam(CPU_WORKER, "CPUWorker.init_device", ("self",)),

@@ -9,29 +9,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from headway.kernels.residual_edit import Edit, Form
 from headway.steering import ModelGeometry
 from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadField, HeadWords, KeyTag
 from headway.steering.positions import PromptFacts
+from headway.steering.program import ResidualForm, num_points
+
+FORMS = {
+    ResidualForm.RMS: Form.RMS,
+    ResidualForm.ADD: Form.ADD,
+    ResidualForm.REMOVE: Form.REMOVE,
+}
+"""The kernels' word for a form of residual edits."""
 
 
 @dataclass(frozen=True)
 class ResidualPart:
-    """A residual edit as a slot holds it; cluster: the direction that is always taken, if any."""
+    """A residual edit as a slot holds it.
 
-    layer: int
+    point: where, as `num_points` counts; cluster: the direction that is always taken, if any.
+    """
+
+    point: int
     artifact: ResidualArtifact
     strength: float
     cluster: int | None = None
+    form: Form = Form.RMS
 
     @property
     def key(self) -> tuple[str, int | None]:
         """Equal for parts that need the same vectors."""
         return self.artifact.digest, self.cluster
+
+    @cached_property
+    def edit(self) -> Edit:
+        """It with its vectors as tensors on CPU, which share the memory of its artefact."""
+        artifact, chosen = self.artifact, self.cluster
+        directions = torch.from_numpy(artifact.directions)
+        if chosen is not None:
+            directions = directions[chosen : chosen + 1]
+        if len(directions) == 1:
+            return Edit(directions, self.strength, self.form)
+        probe = (torch.from_numpy(each) for each in (artifact.probe_weights, artifact.probe_bias))
+        return Edit(directions, self.strength, self.form, *probe)
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Weights and bias of the probe, and the directions."""
@@ -58,9 +84,11 @@ class SlotTables:
     words: layer -> float32 [capacity, local heads, SCALE], the columns of the head word before
         the affine ones; made when a layer first needs it.
     tags: uint8 [max_num_seqs, max_len], bits of KeyTag by position, made when first needed.
-    parts: slot -> layer -> its residual edit.
-    affine, shifted, attends, moves, adds: bool [capacity, num_layers], on the host: what a slot
-        edits where; moves: whether mass is moved, gained or asked about; adds: residual edits.
+    parts: slot -> point -> its residual edit.
+    affine, shifted, attends, moves: bool [capacity, num_layers], on the host: what a slot edits
+        where; moves: whether mass is moved, gained or asked about.
+    adds: bool [capacity, num_points], on the host: where a slot has residual edits.
+    points: those of this pipeline stage.
     edited_heads, conditional: bool [capacity, num_layers, local heads], on the host: words that
         edit attention weights, and those that do on a condition.
     """
@@ -88,9 +116,13 @@ class SlotTables:
         self.max_num_seqs, self.max_len = max_num_seqs, max_len
         self.local_heads = local
         self.capacity = capacity
-        self.affine, self.shifted, self.attends, self.moves, self.adds = np.zeros(
-            (5, capacity, geometry.num_layers), dtype=bool
+        self.affine, self.shifted, self.attends, self.moves = np.zeros(
+            (4, capacity, geometry.num_layers), dtype=bool
         )
+        self.adds = np.zeros((capacity, num_points(geometry.num_layers)), dtype=bool)
+        # The last point of all, behind the last layer, is that of the last stage.
+        end = self.layers.stop == geometry.num_layers
+        self.points = range(2 * self.layers.start, 2 * self.layers.stop + end)
         self.edited_heads, self.conditional = np.zeros(
             (2, capacity, geometry.num_layers, local), dtype=bool
         )
@@ -127,10 +159,11 @@ class SlotTables:
         self.edited_heads[slot] = words.edits_attention[:, self.heads]
         self.conditional[slot] = words.is_conditional[:, self.heads]
         self.moves[slot] = own & words.moves_mass.any(axis=-1)
-        parts = [part for part in parts if part.layer in self.layers]
-        self.adds[slot] = np.bincount([part.layer for part in parts], minlength=len(own)) > 0
+        parts = [part for part in parts if part.point in self.points]
+        self.adds[slot] = False
+        self.adds[slot, [part.point for part in parts]] = True
         if self.adds[slot].sum() != len(parts):
-            raise ValueError("two residual edits of one layer at the same positions")
+            raise ValueError("two residual edits of one place at the same positions")
         self._upload_parts(slot, parts)
         self._upload(slot, words)
         return self._free.pop()
@@ -176,7 +209,7 @@ class SlotTables:
         self.parts: dict[int, dict[int, ResidualPart]] = {}
 
     def _upload_parts(self, slot: int, parts: Sequence[ResidualPart]) -> None:
-        self.parts[slot] = {part.layer: part for part in parts}
+        self.parts[slot] = {part.point: part for part in parts}
 
     def _upload(self, slot: int, words: HeadWords) -> None:
         scale = words.table[:, self.heads, HeadField.SCALE]

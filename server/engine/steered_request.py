@@ -12,12 +12,12 @@ import torch
 
 from headway.server.engine.head_choice import Capture, Choice, TextRows
 from headway.server.engine.request import FORGOTTEN_TEXTS, TEXT, TEXT_PASS
-from headway.server.engine.slots import ResidualPart
+from headway.server.engine.slots import FORMS, ResidualPart
 from headway.steering import ModelGeometry
 from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadField, HeadWords, KeyTag
 from headway.steering.positions import PromptFacts
-from headway.steering.program import ResidualEdit, SteeringProgram
+from headway.steering.program import Readout, ResidualEdit, SteeringProgram
 from headway.steering.wire import decode_facts, decode_program
 
 
@@ -26,7 +26,8 @@ class SteeredRequest:
     """One sequence being steered.
 
     slots: set of active edits -> slot, tag_row: row of its tags; held while it is in the batch.
-    sink_layers: bool [num_layers], where its key classes ask for sinks.
+    sink_layers: bool [num_layers], where its key classes ask for sinks. reads: whether masses of
+    key classes are read for it.
     text: what its prompt gives without images, if heads are chosen by it or if this is the request
     that finds it out (`is_text_pass`). chosen: layer -> scale of the local heads, once chosen.
     """
@@ -74,7 +75,9 @@ class SteeredRequest:
             self.sink_layers = np.zeros(geometry.num_layers, dtype=bool)
             asked = np.any([each.mentions(KeyTag.SINK).any(axis=-1) for each in words], axis=0)
             self.sink_layers[layers] = asked[layers]
-        self.reads = bool(self.program.readouts) or any(each.is_conditional.any() for each in words)
+        self.reads = Readout.CLASS_MASSES in self.program.readouts or any(
+            each.is_conditional.any() for each in words
+        )
         self.has_tags = (
             self.program.mentions(KeyTag.IMAGE)
             or self.program.mentions(KeyTag.EMPHASISED)
@@ -91,6 +94,11 @@ class SteeredRequest:
         elif self.must_choose:
             # It keeps what it was given, whatever is forgotten; its pass may come in this step.
             self.text = self.text or texts.setdefault(payload[TEXT], TextRows())
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether what its probes read at the last prompt position is kept."""
+        return Readout.PROBES in self.program.readouts
 
     def capture(self, request_id: str, start: int, position: int, count: int) -> Capture | None:
         """What a text pass keeps of a step.
@@ -147,4 +155,4 @@ def _part(
         raise ValueError(f"the artefact {edit.artifact} is for another hidden size")
     if edit.cluster is not None and not 0 <= edit.cluster < artifact.num_clusters:
         raise ValueError(f"cluster {edit.cluster} of {artifact.num_clusters}")
-    return ResidualPart(edit.layer, artifact, edit.strength, edit.cluster)
+    return ResidualPart(edit.point, artifact, edit.strength, edit.cluster, FORMS[edit.form])

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from headway.server.engine.artifact_shelf import RESIDENT, ArtifactShelf
 from headway.server.engine.head_choice import Choice, TextRows, heads_of
+from headway.server.engine.probe_readings import ProbeReadings, ProbeRow
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
 from headway.server.engine.saliency_tape import SaliencyRow, SaliencyTape
@@ -26,9 +28,9 @@ from headway.server.engine.statistics import StepSeconds
 from headway.server.engine.steered_request import SteeredRequest
 from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
-from headway.steering.artifacts import ResidualArtifact
 from headway.steering.positions import Run, runs, scope_ranges
 from headway.steering.program import Readout
+from headway.steering.vectors import given_artifacts
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,9 @@ class SteeringState:
         self.requests: dict[str, SteeredRequest] = {}
         self.reports: OrderedDict[str, EngineReport] = OrderedDict()
         self.readings: dict[str, RequestReadings] = {}
-        self.artifacts: dict[str, ResidualArtifact] = {}
+        self.probes: dict[str, ProbeReadings] = {}
+        self.artifacts = ArtifactShelf(self.tables.max_clusters)
+        self.artifacts.load(list(given_artifacts(geometry).values()), RESIDENT)
         self.texts: dict[str, TextRows] = {}
         self.chosen: dict[str, dict[int, torch.Tensor]] = {}
         self.gates = Gates()
@@ -84,7 +88,7 @@ class SteeringState:
         with self.guard("decode", [request_id]):
             # One that comes back goes on with the artefacts that it had.
             known = {part.artifact.digest: part.artifact for part in request.parts}
-            artifacts = {**known, **self.artifacts}
+            artifacts = {**self.artifacts.artifacts, **known}
             request.prepare(payload, self.geometry, self.tables.layers, artifacts)
             request.take_text(payload, self.texts)
             if request.program.saliency is not None:
@@ -209,6 +213,9 @@ class SteeringState:
             report.readings = readings.as_dict(self.tables.heads)
         if report is not None:
             report.saliency = self.gates.pop_report(report_id)
+        probes = self.probes.pop(report_id, None)
+        if report is not None and probes is not None:
+            report.probes = probes.as_list()
         scales = self.chosen.pop(report_id, None)
         if report is not None and scales is not None:
             report.heads = heads_of(scales, self.tables.heads)
@@ -269,10 +276,24 @@ class SteeringState:
             step.choices.append(choice)
         if capture is not None:
             step.captures.append(capture)
+        if request.reads_probes:
+            step.probe_rows += self._probe_rows(request, each, spans)
         step.spans += spans
         step.positions += [run.start for run in pieces]
         step.readings += readings
         step.mass_rows = mass_rows
+
+    def _probe_rows(
+        self, request: SteeredRequest, each: _Rows, spans: Sequence[Span]
+    ) -> Iterator[ProbeRow]:
+        """The row of the last prompt position, if it is one of these; of the first sequence."""
+        row = each.start + request.facts.prompt_len - 1 - each.position
+        for span in spans:
+            if span.start <= row < span.stop:
+                made = ProbeReadings(each.request_id)
+                kept = self.probes.setdefault(request.report_id, made)
+                if kept.request_id == each.request_id:
+                    yield ProbeRow(each.request_id, row, span.slot, kept)
 
     def _plan_saliency(self, each: _Rows, step: Scheduled) -> None:
         """Ask for the saliencies of the candidates for a request's next token, if it needs them."""
@@ -357,6 +378,7 @@ class SteeringState:
         while len(self.reports) > MAX_REPORTS:
             forgotten, _ = self.reports.popitem(last=False)
             self.chosen.pop(forgotten, None)
+            self.probes.pop(forgotten, None)
             self.gates.pop_report(forgotten)
             readings = self.readings.pop(forgotten, None)
             if readings is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from headway.server.engine.head_choice import Capture, Choice, Scale
+from headway.server.engine.probe_readings import ProbeRow
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.sinks import SinkRows
 from headway.server.engine.slots import SlotTables
@@ -76,6 +77,7 @@ class Scheduled:
     its rows that is an output position; mass_rows: how many rows that are. captures, choices: what
     the choice of heads takes from this step. saliency_rows: the rows whose candidates' saliencies
     are needed; rotary_positions: int64 [num_tokens] or [3, num_tokens], where there are such.
+    probe_rows: those of which it is kept what the probes read; on CPU.
     """
 
     num_reqs: int = 0
@@ -89,6 +91,7 @@ class Scheduled:
     choices: list[Choice] = field(default_factory=list)
     saliency_rows: list[SaliencyRow] = field(default_factory=list)
     rotary_positions: torch.Tensor | None = None
+    probe_rows: list[ProbeRow] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -102,7 +105,7 @@ class StepPlan(ABC):
 
     spans: the rows to edit. sink_rows: prompt rows whose sinks must be tagged.
     failures: request id -> error, for requests whose edit raised in this step.
-    affine_done, attention_done, sinks_done, residual_done: layers at which that ran.
+    affine_done, attention_done, sinks_done: layers at which that ran; residual_done: points.
     captures, choices, scale: the choice of heads, and how it is made.
     tape: what is kept for saliencies, which are computed after the step.
     seconds: time spent in steering code during this step.
@@ -133,9 +136,9 @@ class StepPlan(ABC):
 
     @abstractmethod
     def edit_residual(
-        self, layer: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        """Add to the residual stream that enters a layer; never raises for an edit.
+        """Edit the residual stream at a point (see `num_points`); never raises for an edit.
 
         The stream is hidden_states + residual, both [num_tokens, hidden_size]; hidden_states is
         changed.
@@ -147,7 +150,7 @@ class StepPlan(ABC):
     ) -> None:
         """Find the sinks among the prompt rows of this step; never raises.
 
-        The stream is that of `edit_residual`, after it.
+        The stream is that which enters the layer, after `edit_residual`.
         """
 
     @abstractmethod
@@ -193,7 +196,7 @@ class StepPlan(ABC):
         """Hand over what was read, after the forward pass."""
 
     def missed(self, item: Span | SinkRows) -> list[int]:
-        """Layers at which something that a span, or sink rows, ask for did not run."""
+        """Layers, or points, at which something that a span, or sink rows, ask for did not run."""
         if isinstance(item, SinkRows):
             return _missing(item.layers, self.sinks_done)
         tables, slot = self.tables, item.slot

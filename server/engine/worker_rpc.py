@@ -17,21 +17,20 @@ class SteeringRpc:
         report = self.model_runner.steering.pop_report(report_id)
         return report and report.as_dict()
 
-    def headway_load_artifact(self, wire: dict[str, Any]) -> str:
-        """Keep an artefact for residual edits (see `encode_artifact`); returns its digest.
+    def headway_load_artifacts(self, wires: list[dict[str, Any]], holder: str = "") -> list[str]:
+        """Keep artefacts for residual edits (see `encode_artifact`); returns their digests.
 
-        Raises ValueError or KeyError if it is damaged, or has more directions than there is room.
+        holder: who wants them; they are kept until everyone who loaded them has unloaded them.
+        Raises ValueError or KeyError, keeping none, if one is damaged or has more directions than
+        there is room for.
         """
-        artifact = decode_artifact(wire)
-        most = self.model_runner.steering.tables.max_clusters
-        if most is not None and artifact.num_clusters > most:
-            raise ValueError(f"{artifact.num_clusters} directions; at most {most} fit")
-        self.model_runner.steering.artifacts[artifact.digest] = artifact
-        return artifact.digest
+        return self.model_runner.steering.artifacts.load(
+            [decode_artifact(wire) for wire in wires], holder
+        )
 
-    def headway_unload_artifact(self, digest: str) -> bool:
-        """Forget an artefact; requests that use it go on. Tells whether it was there."""
-        return self.model_runner.steering.artifacts.pop(digest, None) is not None
+    def headway_unload_artifacts(self, digests: list[str], holder: str = "") -> int:
+        """Forget artefacts; requests that use them go on. Returns how many the holder had."""
+        return self.model_runner.steering.artifacts.unload(digests, holder)
 
     def headway_statistics(self) -> dict[str, Any]:
         """Slots in use and free, and the histogram of steering time per step."""

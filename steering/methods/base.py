@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from headway.steering.artifacts import ResidualArtifact
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
 from headway.steering.program import (
     HeadEdit,
     HeadSelection,
+    ProbePoints,
+    ResidualEdit,
     SaliencyRule,
     SamplingGate,
     SinkRule,
@@ -31,18 +34,25 @@ HeadIndex = Annotated[
 class CompiledMethod:
     """One method, compiled: its edits, what to echo to the client, and warnings.
 
+    artifacts: those that its residual edits name. profile: digest (hex) of the vector profile that
+    its vectors are from.
     sink_rule: which tokens its key classes mean by SINK. marks: which spans by EMPHASISED.
     needs_image: whether it means nothing without an image. head_selection: heads to be chosen.
     saliency: which saliency it means. sampling_gate: which candidates it refuses by it.
+    probes: those of its residual edits that are to be read for feedback.
     """
 
     head_edits: tuple[HeadEdit, ...] = ()
+    residual_edits: tuple[ResidualEdit, ...] = ()
+    artifacts: tuple[ResidualArtifact, ...] = ()
     head_selection: HeadSelection | None = None
     sink_rule: SinkRule | None = None
     saliency: SaliencyRule | None = None
     sampling_gate: SamplingGate | None = None
     marks: tuple[SpanSelector, ...] = ()
     needs_image: bool = False
+    profile: str | None = None
+    probes: ProbePoints | None = None
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -148,17 +158,28 @@ def check_heads(
     return sorted(seen)
 
 
-def profile_heads(name: str, geometry: ModelGeometry, param: str) -> tuple[tuple[int, int], ...]:
-    """The (layer, head) pairs of a head profile of the server.
+Kind = TypeVar("Kind")
 
-    Raises SteeringError(E_PROFILE_NOT_FOUND).
+
+def find_profile(
+    reference: str, kind: str, as_class: type[Kind], geometry: ModelGeometry, param: str
+) -> tuple[str, Kind]:
+    """A profile of the server and the name that stands for its very version.
+
+    kind: which it must be; as_class: the class of such profiles. Raises SteeringError:
+    E_PROFILE_NOT_FOUND, E_BAD_PARAM for one of another kind, E_PROFILE_MISMATCH.
     """
-    profiles = dict(geometry.head_profiles)
-    if name not in profiles:
-        known = ", ".join(profiles) or "none"
-        message = f'there is no head profile "{name}"; the head profiles are: {known}'
+    profiles = geometry.profiles
+    found = profiles.find(reference) if profiles is not None else None
+    if found is None:
+        known = ", ".join(profiles.names() if profiles is not None else ()) or "none"
+        message = f'there is no profile "{reference[:80]}"; the profiles are: {known}'
         raise SteeringError(Reason.PROFILE_NOT_FOUND, message, param)
-    return profiles[name]
+    if found.profile.kind != kind or not isinstance(found.profile, as_class):
+        message = f'"{reference[:80]}" is a profile of the kind {found.profile.kind}, not {kind}'
+        raise SteeringError(Reason.BAD_PARAM, message, param)
+    found.profile.check_model(geometry, param)
+    return found.reference, found.profile
 
 
 def _check_layer(layer: int, geometry: ModelGeometry, param: str) -> None:

@@ -24,13 +24,14 @@ from pydantic import Field
 from headway.steering.errors import Reason, SteeringError
 from headway.steering.geometry import ModelGeometry
 from headway.steering.head_words import HeadWords
+from headway.steering.heads import HeadProfile
 from headway.steering.methods.base import (
     CompiledMethod,
     HeadIndex,
     Method,
     check_heads,
     check_layers,
-    profile_heads,
+    find_profile,
     require_images,
     scaled_layers,
 )
@@ -54,8 +55,10 @@ class VHR(Method):
             if "heads" in self.model_fields_set:
                 message = "the profile names the heads; leave `heads` out"
                 raise SteeringError(Reason.BAD_PARAM, message, f"{param}.heads")
-            chosen = profile_heads(self.profile, geometry, f"{param}.profile")
-            return self._explicit(chosen, geometry, param)
+            named, found = find_profile(
+                self.profile, "heads", HeadProfile, geometry, f"{param}.profile"
+            )
+            return self._explicit(found.heads, geometry, param, named)
         if self.heads != "auto":
             return self._explicit(self.heads, geometry, param)
         require_images(geometry, param)
@@ -80,7 +83,11 @@ class VHR(Method):
         )
 
     def _explicit(
-        self, chosen: Sequence[Sequence[int]], geometry: ModelGeometry, param: str
+        self,
+        chosen: Sequence[Sequence[int]],
+        geometry: ModelGeometry,
+        param: str,
+        profile: str | None = None,
     ) -> CompiledMethod:
         for option in ("layers", "reinforce_baseline"):
             if option in self.model_fields_set and getattr(self, option) not in ("default", False):
@@ -89,7 +96,7 @@ class VHR(Method):
         heads = check_heads(chosen, geometry, f"{param}.heads")
         words = HeadWords.scaled(geometry, [(layer, head, self.alpha) for layer, head in heads])
         details = {
-            **({} if self.profile is None else {"profile": self.profile}),
+            **({} if profile is None else {"profile": profile}),
             "alpha": self.alpha,
             "layers": sorted({layer for layer, _ in heads}),
             "heads": [list(head) for head in heads],

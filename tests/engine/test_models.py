@@ -99,7 +99,9 @@ def test_decoder_layers_are_hooked_and_numbered(served):
     assert [layer_index(name) for name in layers] == list(range(count))
     modules = harness.runner.model.named_modules()
     hooked = [name for name, each in modules if each in layer_boundary._HOOKED]
-    assert hooked == [f"language_model.model.layers.{index}" for index in range(count)]
+    path, norm = "language_model.model", "post_attention_layernorm"
+    layers = [f"{path}.layers.{index}" for index in range(count)]
+    assert hooked == [*(each for at in layers for each in (at, f"{at}.{norm}")), f"{path}.norm"]
 
 
 def sent_facts(served: Served, question: Question, monkeypatch) -> tuple[list[int], PromptFacts]:

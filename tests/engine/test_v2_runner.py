@@ -151,7 +151,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
 @pytest.fixture(scope="module")
 def v1(llava, cases) -> dict[str, tuple[list, list]]:
     """The same from the V1 engine on CPU."""
-    llava.llm.collective_rpc("headway_load_artifact", args=(encode_artifact(ARTIFACT),))
+    llava.llm.collective_rpc("headway_load_artifacts", args=([encode_artifact(ARTIFACT)],))
     done = {}
     for name, case in cases.items():
         options = dict(case.options)

@@ -47,7 +47,7 @@ def main(source: str, target: str) -> None:
     harness = Harness(LLM(**task["engine"], additional_config={"headway": {}}))
     harness.runner.warm_up_steering()
     for artifact in task["artifacts"]:
-        harness.llm.collective_rpc("headway_load_artifact", args=(artifact,))
+        harness.llm.collective_rpc("headway_load_artifacts", args=([artifact],))
     done = []
     for jobs, options in task["runs"]:
         if options.pop("forget_cache", False):

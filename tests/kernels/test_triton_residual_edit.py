@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.kernels.residual_edit import residual_edit_reference
+from headway.kernels.residual_edit import Form, residual_edit_reference
 from headway.kernels.triton import residual_edit
 from headway.kernels.triton.residual_edit import residual_edit_
 
@@ -55,7 +55,8 @@ def problems(draw):
         probe_bias[:, unused] = -math.inf
         directions[:, unused] = float("nan")
     strengths = torch.randn(NUM_SLOTS, generator=generator)
-    tables = slot_edits, strengths, probe_weights, probe_bias, directions
+    forms = int32([int(draw(st.sampled_from(Form))) for _ in range(NUM_SLOTS)])
+    tables = slot_edits, strengths, forms, probe_weights, probe_bias, directions
     return hidden_states, residual, row_slots, *tables
 
 
@@ -66,7 +67,7 @@ def edits_of(row_slots: torch.Tensor, slot_edits: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.booleans())
 def test_equals_reference_and_leaves_other_rows_alone(problem, in_blocks):
-    hidden_states, residual, row_slots, slot_edits, strengths, *tables = problem
+    hidden_states, residual, row_slots, slot_edits, strengths, forms, *tables = problem
     probe_weights, probe_bias, directions = tables
     before = hidden_states.clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +87,7 @@ def test_equals_reference_and_leaves_other_rows_alone(problem, in_blocks):
             probe_weights[edit],
             probe_bias[edit],
             directions[edit],
+            Form(int(forms[row_slots[row]])),
         )
         tolerance = TOLERANCE[before.dtype]
         expected = before[row : row + 1].float() + added
@@ -94,12 +96,19 @@ def test_equals_reference_and_leaves_other_rows_alone(problem, in_blocks):
         )
 
 
-def one_edit(strength: float) -> tuple[torch.Tensor, ...]:
+def one_edit(strength: float, form: Form = Form.RMS) -> tuple[torch.Tensor, ...]:
     """Row 0 of the stream points at cluster 1 of 3, whose direction is the second unit vector."""
     probe_weights = torch.zeros(1, 3, 4)
     probe_weights[0, 1, 0] = 1
-    strengths = torch.tensor([strength])
-    return int32([0]), strengths, probe_weights, torch.zeros(1, 3), torch.eye(3, 4).unsqueeze(0)
+    strengths, forms = torch.tensor([strength]), int32([int(form)])
+    return (
+        int32([0]),
+        strengths,
+        forms,
+        probe_weights,
+        torch.zeros(1, 3),
+        torch.eye(3, 4).unsqueeze(0),
+    )
 
 
 def test_the_strength_is_in_units_of_rms():
@@ -117,9 +126,22 @@ def test_the_residual_is_read_and_not_written():
 
 def test_of_equal_logits_the_first_counts():
     hidden_states = torch.full((1, 4), 2.0)
-    edits, strengths, probe_weights, *rest = one_edit(1.0)
-    residual_edit_(hidden_states, None, int32([0]), edits, strengths, 0 * probe_weights, *rest)
+    edits, strengths, forms, probe_weights, *rest = one_edit(1.0)
+    tables = edits, strengths, forms, 0 * probe_weights, *rest
+    residual_edit_(hidden_states, None, int32([0]), *tables)
     assert hidden_states.tolist() == [[4, 2, 2, 2]]
+
+
+def test_a_direction_is_added_to_a_row_of_zeros():
+    hidden_states = torch.zeros(1, 4)
+    residual_edit_(hidden_states, None, int32([0]), *one_edit(0.5, Form.ADD))
+    assert hidden_states.tolist() == [[0.5, 0, 0, 0]]  # of equal logits the first counts
+
+
+def test_a_direction_is_removed():
+    hidden_states = torch.tensor([[6.0, 2, 1, 0]])
+    residual_edit_(hidden_states, None, int32([0]), *one_edit(1.0, Form.REMOVE))
+    assert hidden_states.tolist() == [[6, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("row, strength", [([-0.0, 1, 1, 1], 0.0), ([0.0, -0.0, 0, 0], 1.0)])

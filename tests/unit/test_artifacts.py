@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from headway.server.engine.artifact_shelf import ArtifactShelf
 from headway.server.engine.worker_rpc import SteeringRpc
 from headway.steering.artifacts import ResidualArtifact, decode_artifact, encode_artifact
 from headway.steering.program import ResidualEdit
@@ -75,9 +76,22 @@ def test_a_strength_that_is_no_number_is_refused(strength):
 
 def test_more_directions_than_a_worker_has_room_for_are_refused():
     worker = SteeringRpc()
-    tables = SimpleNamespace(max_clusters=4)
-    worker.model_runner = SimpleNamespace(steering=SimpleNamespace(artifacts={}, tables=tables))
-    worker.headway_load_artifact(encode_artifact(drawn_artifact(1, 8, 4)))
+    shelf = ArtifactShelf(max_clusters=4)
+    worker.model_runner = SimpleNamespace(steering=SimpleNamespace(artifacts=shelf))
+    fits, other, large = (encode_artifact(drawn_artifact(1, 8, count)) for count in (4, 3, 5))
+    assert worker.headway_load_artifacts([fits]) == [fits["digest"]]
     with pytest.raises(ValueError, match="5 directions; at most 4"):
-        worker.headway_load_artifact(encode_artifact(drawn_artifact(1, 8, 5)))
-    assert len(worker.model_runner.steering.artifacts) == 1
+        worker.headway_load_artifacts([other, large])
+    assert list(shelf.artifacts) == [fits["digest"]]
+
+
+def test_a_worker_keeps_what_anybody_holds():
+    shelf, artifact = ArtifactShelf(), drawn_artifact(1, 8)
+    for holder in ("one", "other", "one"):
+        shelf.load([artifact], holder)
+    assert shelf.unload([artifact.digest], "a third") == 0
+    assert shelf.unload([artifact.digest], "one") == 1
+    assert shelf.unload([artifact.digest], "one") == 0
+    assert artifact.digest in shelf.artifacts
+    assert shelf.unload([artifact.digest], "other") == 1
+    assert not shelf.artifacts

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.unit
 
 GEOMETRY = ModelGeometry(30, 9, 3, 64, 576)
 SPEED = {"stock": 200.0, "idle": 199.0, "affine": 180.0}
+SPEED |= {each.name: 198.0 for each in SCENARIOS if each.name.startswith("G-ACT")}
 SPEED |= {each.name: 100.0 for each in SCENARIOS if each.cached}
 
 

@@ -58,7 +58,7 @@ class Worker:
             self.tables, 64, "cpu", num_sms=1, can_tag=True, captures_residual=True
         )
         self.state = SteeringState(GEOMETRY, self.planner)
-        self.state.artifacts[ARTIFACT.digest] = ARTIFACT
+        self.state.artifacts.load([ARTIFACT])
         self.batch = Batch(seed, torch.float32, SHAPE, LENGTHS, "nhd")
         draw = torch.Generator().manual_seed(seed)
         self.query = torch.randn(MAX_REQS, 4, 32, generator=draw)
@@ -112,7 +112,7 @@ class Worker:
                 max_query_len=1,
                 max_seq_len=128,
             )
-            plan.edit_residual(layer, self.hidden[:num_reqs], None)
+            plan.edit_residual(2 * layer, self.hidden[:num_reqs], None)
             plan.observe_residual(layer, self.hidden[:num_reqs], None)
             if plan.attends(layer):
                 plan.edit_attention(layer, call, self.base)

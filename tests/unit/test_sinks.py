@@ -231,8 +231,10 @@ def test_head_profiles_stand_beside_it(tmp_path: Path) -> None:
     )
     profile.save(tmp_path / "heads.json")
     config = engine(mine=write(tmp_path), seen=tmp_path / "heads.json")
-    found = replace(GEOMETRY, sink_dims=(5, 40), head_profiles=(("seen", ((1, 0),)),))
-    assert geometry_of(config) == found
+    found = geometry_of(config)
+    assert found == replace(GEOMETRY, sink_dims=(5, 40))
+    assert found.profiles.names() == ("mine", "seen")
+    assert found.profiles.find("seen").profile == profile
 
 
 def test_else_from_the_table_else_there_are_none(tmp_path: Path) -> None:

@@ -6,19 +6,28 @@ import pytest
 import torch
 
 from headway.steering.artifacts import encode_artifact
-from headway.steering.program import QueryScope, ResidualEdit
+from headway.steering.program import QueryScope, ResidualEdit, ResidualForm, ResidualSite
 from tests.engine.harness import GEOMETRY, Job
 from tests.residual import Added, drawn_artifact, residual_program
 
 pytestmark = pytest.mark.engine
 
 FIRST, SECOND = (drawn_artifact(seed, GEOMETRY.hidden_size) for seed in (1, 2))
-ALL = QueryScope.ALL
+MANY = [drawn_artifact(seed, GEOMETRY.hidden_size, 1 + seed % 16) for seed in range(8)]
+ALL, OUTPUT = QueryScope.ALL, QueryScope.OUTPUT
+INSIDE, BEHIND = ResidualSite.AFTER_ATTENTION, ResidualSite.BLOCK_OUTPUT
 VARIANTS = [
     (ResidualEdit(12, FIRST.digest, 0.8),),
     (ResidualEdit(5, FIRST.digest, 0.5, ALL), ResidualEdit(20, SECOND.digest, -0.7)),
     (ResidualEdit(9, SECOND.digest, 0.6, ALL, cluster=2),),
     (),
+    (
+        ResidualEdit(3, SECOND.digest, 0.5, OUTPUT, site=INSIDE),
+        ResidualEdit(3, FIRST.digest, 0.4, OUTPUT, site=BEHIND),
+        ResidualEdit(29, FIRST.digest, 0.5, site=BEHIND),
+    ),
+    (ResidualEdit(15, FIRST.digest, 4.0, ALL, cluster=1, site=BEHIND, form=ResidualForm.ADD),),
+    (ResidualEdit(15, SECOND.digest, 1.0, ALL, site=INSIDE, form=ResidualForm.REMOVE),),
 ]
 MAX_TOKENS = 6
 
@@ -26,11 +35,11 @@ MAX_TOKENS = 6
 @pytest.fixture(scope="module")
 def loaded(harness):
     worker = harness.core.model_executor.driver_worker.worker
-    for artifact in (FIRST, SECOND):
-        assert worker.headway_load_artifact(encode_artifact(artifact)) == artifact.digest
+    digests = [artifact.digest for artifact in (FIRST, SECOND, *MANY)]
+    wires = [encode_artifact(artifact) for artifact in (FIRST, SECOND, *MANY)]
+    assert worker.headway_load_artifacts(wires) == digests
     yield harness
-    for artifact in (FIRST, SECOND):
-        assert worker.headway_unload_artifact(artifact.digest)
+    assert worker.headway_unload_artifacts(digests) == len(set(digests))
 
 
 def jobs(prompts) -> list[Job]:
@@ -57,19 +66,33 @@ def test_logits_equal_the_oracle(loaded, attention_oracle, prompts):
     assert len(picked) > 1  # the probe tells rows apart
 
 
-@pytest.mark.parametrize(
-    "schedule", [{"step_tokens": 9}, {"preempt_after": [2, 4]}, {"stagger": 2}, {}]
-)
-def test_scheduling_does_not_change_the_answer(loaded, prompts, schedule):
+def test_eight_profiles_in_one_batch(loaded, attention_oracle, prompts):
+    """Each request with vectors of its own, of 1 to 8 directions, at all layers."""
+    edits = [
+        tuple(ResidualEdit(layer, each.digest, 0.2, site=BEHIND) for layer in range(30))
+        for each in MANY
+    ]
+    programs = [residual_program(*each) for each in edits]
+    several = [Job(prompt, each, 3) for prompt, each in zip(prompts, programs, strict=False)]
+    for prompt, own, rows in zip(prompts, edits, loaded.record_logits(several), strict=False):
+        tokens = [int(row.argmax()) for row in rows]
+        with Added(MANY, own, len(prompt)).on(attention_oracle.decoder.layers):
+            expected = attention_oracle.logits(prompt + tokens[:-1])[-len(tokens) :]
+        assert (torch.stack(rows) - expected).abs().max() <= 1e-3
+
+
+def test_scheduling_does_not_change_the_answer(loaded, prompts):
     alone = []
     for job in jobs(prompts):
         loaded.forget_cache()
         alone += loaded.run([job])
-    if schedule:
-        loaded.forget_cache()
-    for got, want in zip(loaded.run(jobs(prompts), **schedule), alone, strict=True):
-        assert got.tokens == want.tokens
-        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    # The last one finds all of its prompts in the cache.
+    for schedule in {"step_tokens": 9}, {"preempt_after": [2, 4]}, {"stagger": 2}, {}:
+        if schedule:
+            loaded.forget_cache()
+        for got, want in zip(loaded.run(jobs(prompts), **schedule), alone, strict=True):
+            assert got.tokens == want.tokens, schedule
+            assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4), schedule
 
 
 def test_an_artefact_that_is_not_loaded_fails_its_request_only(loaded, prompts):
