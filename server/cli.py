@@ -12,6 +12,7 @@ COMMANDS = {
     "serve": "serve a model: vLLM's own server, whose requests may steer",
     "compile": "show what the steering of a request compiles to, or why it is refused",
     "calibrate": "measure a model once, for the methods that need it",
+    "profile": "show, import and upload profiles",
     "doctor": "check the installation, and whether a model can be steered",
     "bench": "measure the cost of steering",
 }
