@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,18 @@ from headway.server.commands.model import (
     steerable_geometry,
 )
 from headway.server.commands.plugins import VARIABLE, PluginError, allow_headway, own_plugins
-from headway.server.engine.config import DEFAULT_SGRS_REQUESTS, KEY, SGRS_REQUESTS
+from headway.server.engine.config import (
+    DEFAULT_SGRS_REQUESTS,
+    DEFAULT_VECTOR_MEMORY,
+    KEY,
+    SGRS_REQUESTS,
+    VECTOR_MEMORY,
+)
 from headway.server.engine.geometry import PROFILES
-from headway.server.http.presets import load_presets, named_file
+from headway.server.http.admin import KEY_OPTION, KEY_VARIABLE, AdminKeys, check_keys
+from headway.server.http.presets import named_file
+from headway.server.registry.registry import Registry
+from headway.server.registry.store import Store
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     configure_logging_from_args(args)
     try:
         switch_on(args)
+        move_keys(args, os.environ)
         command.validate(args)
         check(args)
     except (ValueError, PluginError) as error:
@@ -83,6 +93,24 @@ def build_parser(command: Any) -> Any:
         "0 switches it off and saves the second copy of the weights that it needs on CPU. "
         f"Default: {DEFAULT_SGRS_REQUESTS}.",
     )
+    options.add_argument(
+        "--max-vector-memory",
+        type=int,
+        metavar="MIB",
+        help="How much memory of each worker the vectors of the registry's profiles may take; "
+        "those used least recently are dropped, and loaded again on use. "
+        f"Default: {DEFAULT_VECTOR_MEMORY}.",
+    )
+    options.add_argument(
+        KEY_OPTION,
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="A key with which clients may change profiles and presets, sent as Authorization: "
+        "Bearer KEY, or as X-Steering-Api-Key: KEY where --api-key needs the former; repeatable. "
+        f"Without it they cannot be changed. Instead of it, the environment variable "
+        f"{KEY_VARIABLE} holds keys, separated by commas, which lists of processes do not show.",
+    )
     return parser
 
 
@@ -112,7 +140,22 @@ def switch_on(args: Namespace) -> None:
         if args.max_sgrs_requests < 0:
             raise ValueError(f"--max-sgrs-requests {args.max_sgrs_requests}: must not be negative")
         settings[KEY] = {**settings[KEY], SGRS_REQUESTS: args.max_sgrs_requests}
+    if args.max_vector_memory is not None:
+        if args.max_vector_memory < 0:
+            raise ValueError(f"--max-vector-memory {args.max_vector_memory}: must not be negative")
+        settings[KEY] = {**settings[KEY], VECTOR_MEMORY: args.max_vector_memory}
     args.additional_config = settings
+
+
+def move_keys(args: Namespace, environment: MutableMapping[str, str]) -> None:
+    """Move admin keys from parsed arguments, which vLLM logs and hands on, to the environment.
+
+    Keys in the arguments replace those of the environment. Raises ValueError for a bad key.
+    """
+    keys = check_keys(args.steering_api_key)
+    args.steering_api_key = []
+    if keys:
+        environment[KEY_VARIABLE] = ",".join(keys)
 
 
 def add_profiles(profiles: Mapping[str, str], options: Sequence[str]) -> dict[str, str]:
@@ -139,4 +182,5 @@ def check(args: Namespace) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         config = model_only(AsyncEngineArgs.from_cli_args(args))
-        load_presets(args.steering_preset, steerable_geometry(config))
+        # With the registry, whose profiles the presets may name.
+        Registry(steerable_geometry(config), Store(), AdminKeys(), args.steering_preset)

@@ -39,7 +39,8 @@ def error_response(error: SteeringError) -> Response:
     """The HTTP answer of an error."""
     # ASCII: the message may quote what the client sent, lone surrogates included.
     body = json.dumps(error_body(error), ensure_ascii=True)
-    return Response(body, status_code=error.status, media_type="application/json")
+    headers = {"retry-after": "1"} if error.reason is Reason.CAPACITY else None
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 async def steering_error_handler(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from headway.server.engine.request import SteeringRequest
 from headway.server.http import metrics
 from headway.server.http.requests import Steerable
 from headway.server.http.state import ResolvedSteering, SteeringState
+from headway.server.registry.feedback import ProfileReading, clusters_read
 from headway.steering import Reason, SteeringError
 from headway.steering.program import AppliedMethod, Readout
 
@@ -35,7 +36,8 @@ _discards: set[asyncio.Task[Any]] = set()
 
 
 class Exchange:
-    """Follows one steered request. `open` and `close` it; ask for `complete` before answering.
+    """Follows one steered request: `open` and `load` it, ask for `complete` before answering, and
+    `close` it.
 
     body: the request, already validated; its steering is attached here unless it changes nothing.
     messages: the text of each chat message, None where the prompt is no chat.
@@ -58,6 +60,10 @@ class Exchange:
         self._asked_workers = False
         self._report: EngineReport | None = None
         self._outcome: str | None = None
+        self._held: list[str] = []
+        self._profiles = [
+            applied.profile for applied in steering.program.applied if applied.profile is not None
+        ]
         if not steering.program.is_identity:
             body.carry(self.request)
 
@@ -73,9 +79,17 @@ class Exchange:
         return metadata.request_id if metadata else f"report {self.request.report_id}"
 
     def open(self) -> None:
-        """Count the request as active."""
+        """Count the request as active, and as a user of its vector profiles."""
         metrics.ACTIVE.inc()
         metrics.STATISTICS.note_steered()
+        self.state.users.update(self._profiles)
+
+    async def load(self) -> None:
+        """Have the workers load the vectors that the request adds, until it is closed.
+
+        Raises SteeringError(E_CAPACITY) where there is no memory for them.
+        """
+        self._held = await self.state.held.acquire(self.steering.program.artifacts)
 
     async def complete(self) -> dict[str, Any] | None:
         """The `steering` object of a finished answer; None if the client wants none.
@@ -89,7 +103,9 @@ class Exchange:
             if report is None or not report.is_complete:
                 await forget_response(self.raw_request, self.request_id)
                 raise self._failure(report)
-        echo = self._echo(report)
+        readings = self._readings(report)
+        echo = self._echo(report, readings)
+        self.state.readings.put(self.request_id, tuple(filter(None, readings)))
         self.state.reports.put(self.request_id, echo)
         return None if self.steering.spec.report.level == "none" else echo
 
@@ -107,6 +123,9 @@ class Exchange:
         self._outcome = outcome
         metrics.ACTIVE.dec()
         metrics.STATISTICS.note_steered()
+        self.state.held.release(self._held)
+        self.state.users.subtract(self._profiles)
+        self.state.users = +self.state.users  # without those that nobody uses any more
         prompt, output = self._tokens()
         for method in {applied.method for applied in self.steering.program.applied}:
             metrics.REQUESTS.labels(method=method, outcome=outcome).inc()
@@ -163,12 +182,24 @@ class Exchange:
         logger.error("%s", message)
         return SteeringError(Reason.STEERING_FAILED, message)
 
-    def _echo(self, report: EngineReport | None) -> dict[str, Any]:
+    def _readings(self, report: EngineReport | None) -> list[ProfileReading | None]:
+        """What the probes of each method read at the last token of the prompt, if it is one."""
+        program = self.steering.program
+        if report is None or report.sequences > (getattr(self.body, "n", None) or 1):
+            return [None] * len(program.applied)
+        return clusters_read(program, report.probes)
+
+    def _echo(
+        self, report: EngineReport | None, readings: list[ProfileReading | None]
+    ) -> dict[str, Any]:
         program, spec = self.steering.program, self.steering.spec
         echo: dict[str, Any] = {
             "fingerprint": program.fingerprint,
             "identity": program.is_identity,
-            "methods": [self._applied(applied, report) for applied in program.applied],
+            "methods": [
+                self._applied(applied, report, read)
+                for applied, read in zip(program.applied, readings, strict=True)
+            ],
             "report": spec.report.level,
             "positions_edited": report.positions_edited if report else 0,
             "warnings": list(program.warnings),
@@ -184,7 +215,9 @@ class Exchange:
                 echo["saliency"] = saliency_echo(report.saliency, gated)
         return echo
 
-    def _applied(self, applied: AppliedMethod, report: EngineReport | None) -> dict[str, Any]:
+    def _applied(
+        self, applied: AppliedMethod, report: EngineReport | None, read: ProfileReading | None
+    ) -> dict[str, Any]:
         """One method as it was carried out; heads that were chosen in place of how to choose."""
         echo = applied.as_dict()
         if applied.scope is not None:
@@ -195,6 +228,9 @@ class Exchange:
             echo |= {name: sum(each[name] for each in counts) for name in SALIENCY_COUNTS}
         if applied.chooses_heads and report is not None:
             echo["heads"] = report.heads
+        if read is not None:
+            picked = zip(read.reading.layers, read.reading.clusters, strict=True)
+            echo["clusters"] = {str(layer): cluster for layer, cluster in picked}
         return echo
 
     def _positions(self, applied: AppliedMethod) -> int:

@@ -1,6 +1,7 @@
 """Prometheus metrics of steering; they appear on vLLM's own `/metrics`.
 
-Labels are bounded: methods come from the registry, reasons, stages and outcomes from this code.
+Labels are bounded: methods come from the registry, reasons, stages and outcomes from this code;
+of versions of profiles only the last ones are shown.
 The metrics of the default registry are what vLLM exposes, and with several API servers, where
 PROMETHEUS_MULTIPROC_DIR is set, the sum over the servers; only the step histogram, which the
 workers count, needs a single API server.
@@ -11,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +58,52 @@ SLOTS = Gauge(
     ["state"],
     multiprocess_mode="livemostrecent",
 )
+PROFILE_INFO = Gauge(
+    "headway_profile_info",
+    "1 for a version of a profile of the registry that was found for a request.",
+    ["name", "version"],
+    multiprocess_mode="livemostrecent",
+)
+
+MAX_PROFILE_LABELS = 256
+"""Versions shown at most; those that were found least recently go first."""
+
+
+class FoundVersions:
+    """The versions that `PROFILE_INFO` shows."""
+
+    def __init__(self, capacity: int = MAX_PROFILE_LABELS) -> None:
+        self._capacity = capacity
+        self._shown: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def note(self, name: str, version: int) -> None:
+        """A version was found."""
+        labels = name, str(version)
+        with self._lock:
+            if labels in self._shown:
+                self._shown.move_to_end(labels)
+                return
+            self._shown[labels] = None
+            PROFILE_INFO.labels(*labels).set(1)
+            while len(self._shown) > self._capacity:
+                self._remove(next(iter(self._shown)))
+
+    def forget(self, name: str, version: int) -> None:
+        """A version was deleted."""
+        with self._lock:
+            self._remove((name, str(version)))
+
+    def _remove(self, labels: tuple[str, str]) -> None:
+        self._shown.pop(labels, None)
+        # With several API servers a series stays in the files; the latest value counts there.
+        PROFILE_INFO.labels(*labels).set(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # which says just that
+            PROFILE_INFO.remove(*labels)
+
+
+FOUND_VERSIONS = FoundVersions()
 
 
 class WorkerStatistics(Collector):

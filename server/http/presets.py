@@ -1,4 +1,4 @@
-"""Named method lists given at start with `--steering-preset name=path`."""
+"""Named method lists; those of files are given at start with `--steering-preset name=path`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from headway.steering import (
     ModelGeometry,
+    Reason,
     SteeringError,
     SteeringProgram,
     SteeringSpec,
@@ -85,19 +86,34 @@ def _load(option: str, geometry: ModelGeometry) -> Preset:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PresetError(f"{where}: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
-        raise PresetError(f'{where}: the file must hold {{"methods": [...]}}')
-    unknown = sorted(content.keys() - PRESET_KEYS)
-    if unknown:
-        raise PresetError(
-            f"{where}: unknown key {unknown[0]!r}; the keys are: methods, description"
-        )
-    description = content.get("description")
-    if description is not None and not isinstance(description, str):
-        raise PresetError(f"{where}: description must be a string")
     try:
-        spec: SteeringSpec = parse_spec({"methods": content["methods"]}, name)
-        program = compile_spec(spec, geometry, param=name)
+        return parse_preset(name, content, geometry, name)
     except SteeringError as error:
         raise PresetError(f"{where}: {error}") from None
+
+
+def parse_preset(name: str, content: Any, geometry: ModelGeometry, param: str) -> Preset:
+    """A preset from the JSON value of its file, compiled for a model.
+
+    Raises SteeringError with paths under `param`.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
+        raise SteeringError(Reason.BAD_PARAM, 'must be {"methods": [...]}', param)
+    unknown = sorted(content.keys() - PRESET_KEYS)
+    if unknown:
+        message = f"unknown key {unknown[0]!r}; the keys are: methods, description"
+        raise SteeringError(Reason.BAD_PARAM, message, param)
+    description = content.get("description")
+    if description is not None and not isinstance(description, str):
+        raise SteeringError(Reason.BAD_PARAM, "must be a string", f"{param}.description")
+    spec: SteeringSpec = parse_spec({"methods": content["methods"]}, param)
+    program = compile_spec(spec, geometry, param=param)
     return Preset(name, content["methods"], program, description)
+
+
+def preset_content(preset: Preset) -> dict[str, Any]:
+    """The JSON value of a preset's file."""
+    content: dict[str, Any] = {"methods": preset.methods}
+    if preset.description is not None:
+        content["description"] = preset.description
+    return content

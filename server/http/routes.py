@@ -136,6 +136,7 @@ async def answer_steered(exchange: Exchange, raw_request: Request, endpoint: End
     exchange.open()
     outcome = "cancelled"
     try:
+        await exchange.load()
         handler = getattr(raw_request.app.state, endpoint.serving)
         if handler is None:
             raise NotImplementedError(f"The model does not support {endpoint.path}")

@@ -1,8 +1,8 @@
-"""What the steering routes share: the model's sizes, the presets, the engine, past reports."""
+"""What the steering routes share: the model's sizes, the presets, the engine, past requests."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,16 @@ from fastapi import Request
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 from headway.server.engine.client import SteeringClient
-from headway.server.engine.config import refuse_unsupported, unsupported_request
+from headway.server.engine.config import (
+    max_vector_bytes,
+    refuse_unsupported,
+    unsupported_request,
+)
+from headway.server.engine.held_artifacts import HeldArtifacts
 from headway.server.http.carriage import Carriage, single, split_alias
 from headway.server.http.presets import Preset
+from headway.server.registry.feedback import FeedbackCollector, ReadingStore
+from headway.server.registry.registry import Registry
 from headway.steering import (
     ModelGeometry,
     Reason,
@@ -68,7 +75,22 @@ class SteeringState:
     models: OpenAIServingModels
     presets: Mapping[str, Preset] = field(default_factory=dict)
     any_model: bool = False  # whether vLLM takes every model name for the model it serves
+    registry: Registry | None = None  # None for a dry run
     reports: ReportStore = field(default_factory=ReportStore)
+    resident: frozenset[str] = frozenset()  # artefacts that the workers have had since the start
+    held: HeldArtifacts = field(init=False)
+    users: Counter[str] = field(default_factory=Counter)  # running requests of a vector profile
+    readings: ReadingStore = field(default_factory=ReadingStore)
+    feedback: FeedbackCollector | None = field(init=False, default=None)  # None for a dry run
+
+    def __post_init__(self) -> None:
+        limit = max_vector_bytes(self.vllm_config)
+        self.held = HeldArtifacts(self.client, limit, self.resident)
+        if self.registry is not None:
+            self.registry.in_use = lambda digest: self.users[digest] > 0
+            self.feedback = FeedbackCollector(
+                self.registry, self.readings, lambda found: self.reports.get(found) is not None
+            )
 
     def is_served(self, model: str) -> bool:
         """Whether `model` is a served name: a base model or an adapter."""

@@ -54,6 +54,8 @@ async def capabilities(raw_request: Request) -> JSONResponse:
             },
             "methods": {name: _method(method) for name, method in METHODS.items()},
             "presets": sorted(state.presets),
+            "profiles": list(geometry.profiles.names() if geometry.profiles is not None else ()),
+            "registry": {"writable": state.registry is not None and state.registry.is_writable},
             "carriages": list(CARRIAGES),
             "features": sorted(_features(state)),
             "limits": {

@@ -26,6 +26,7 @@ PRESETS = {
 }
 MODEL = "smollm2-135m-instruct"  # as `make serve` names it, and the examples of the README
 COLON_MODEL = "org:smollm2"
+ADMIN_KEY = "admin-key-of-the-tests"
 FLAGS = (
     *("--served-model-name", MODEL, COLON_MODEL),
     *("--dtype", "float32"),
@@ -34,6 +35,8 @@ FLAGS = (
     "--enforce-eager",
     "--enable-prompt-tokens-details",
     "--enable-scale-out",
+    *("--steering-api-key", ADMIN_KEY),
+    *("--max-vector-memory", "1"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 SERVE = (sys.executable, "-m", "headway.server.cli", "serve")
@@ -84,6 +87,7 @@ def running_server(folder: Path, model: str | Path, flags: Sequence[str]) -> Ite
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "HF_HUB_OFFLINE": "1",
+        "HEADWAY_HOME": str(folder / "home"),
     }
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,0 +1,108 @@
+"""The presets of a server: those given at its start, and the registry's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headway.server.http.presets import Preset, parse_preset
+from headway.server.registry.store import Stamp, Store
+from headway.server.registry.view import RegistryProfiles
+from headway.steering import ModelGeometry, SteeringError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A preset of the registry; None where it does not compile for this model.
+
+    references: the profiles that it names; versions: those that this meant, when it was compiled.
+    """
+
+    stamp: Stamp
+    references: tuple[str, ...]
+    versions: tuple[str | None, ...]
+    preset: Preset | None
+
+
+class RegistryPresets(Mapping[str, Preset]):
+    """Presets by name: those given at the start, in their order, then the registry's, sorted.
+
+    A name given at the start stands for that preset alone. Presets of the registry that do not
+    compile for this model, being another server's, are left out. What another server put or
+    deleted is seen at once; a preset is compiled again when it, or a profile it names, changed.
+
+    geometry: with `profiles` in it.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Preset],
+        store: Store,
+        geometry: ModelGeometry,
+        profiles: RegistryProfiles,
+    ) -> None:
+        self.given = given
+        self._store = store
+        self._geometry = geometry
+        self._profiles = profiles
+        self._compiled: dict[str, _Compiled] = {}
+
+    def __getitem__(self, name: str) -> Preset:
+        preset = self.given.get(name) or self._stored(name)
+        if preset is None:
+            raise KeyError(name)
+        return preset
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.given
+        for name in self._store.preset_names():
+            if name not in self.given and self._stored(name) is not None:
+                yield name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def references(self) -> dict[str, tuple[str, ...]]:
+        """Preset -> the profiles that it names; of all presets, also those of other models."""
+        found = {name: profiles_in(preset.methods) for name, preset in self.given.items()}
+        for name in self._store.preset_names():
+            if name not in self.given:
+                self._stored(name)
+                known = self._compiled.get(name)
+                found[name] = known.references if known else ()
+        return found
+
+    def _stored(self, name: str) -> Preset | None:
+        stamp = self._store.preset_stamp(name)
+        if stamp is None:
+            self._compiled.pop(name, None)
+            return None
+        known = self._compiled.get(name)
+        if known is None or known.stamp != stamp or known.versions != self._exact(known.references):
+            known = self._compile(name, stamp)
+            self._compiled[name] = known
+        return known.preset
+
+    def _compile(self, name: str, stamp: Stamp) -> _Compiled:
+        preset: Preset | None = None
+        references: tuple[str, ...] = ()
+        try:
+            value = self._store.preset(name)
+            references = profiles_in(value.get("methods") if isinstance(value, dict) else None)
+            preset = parse_preset(name, value, self._geometry, name)
+        except SteeringError as error:
+            logger.warning("a preset of the registry is not for this server: %s", error)
+        return _Compiled(stamp, references, self._exact(references), preset)
+
+    def _exact(self, references: tuple[str, ...]) -> tuple[str | None, ...]:
+        return tuple(map(self._profiles.exact, references))
+
+
+def profiles_in(methods: Any) -> tuple[str, ...]:
+    """The profiles that the methods of a preset name."""
+    named = (each.get("profile") for each in methods or () if isinstance(each, dict))
+    return tuple(profile for profile in named if isinstance(profile, str))
