@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,14 @@ from headway.server.calibration.pictures import (
     image_files,
 )
 from headway.server.calibration.prompts import PROMPTS, read_prompts
+from headway.server.commands import calibrate_vectors
+from headway.server.commands.calibrate_options import (
+    add_files,
+    check_outputs,
+    count,
+    layer_run,
+    positive,
+)
 from headway.server.commands.model import quiet_stdout, read_model, steerable_geometry
 from headway.steering.methods.base import check_layers
 from headway.steering.methods.vhr import default_layers
@@ -48,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     _add_sinks(what)
     _add_heads(what)
+    calibrate_vectors.add_commands(what)
     return parser
 
 
@@ -59,7 +66,7 @@ def _add_sinks(what: Any) -> None:
         "larger than all others in the middle layers. Runs the model in float32 on the CPU. Exit "
         "code 1 if there is none.",
     )
-    _add_files(options, "sinks.json")
+    add_files(options, "sinks.json")
     options.add_argument(
         "--prompts",
         type=Path,
@@ -68,7 +75,7 @@ def _add_sinks(what: Any) -> None:
     )
     options.add_argument(
         "--tau",
-        type=_positive,
+        type=positive,
         default=20.0,
         metavar="T",
         help="tokens with phi >= T are sinks; for the table (default: %(default)g)",
@@ -92,14 +99,14 @@ def _add_heads(what: Any) -> None:
         "more than the median when its image is left out, on average over pictures. Runs the model "
         "in float32 on the CPU. Exit code 1 if there is none.",
     )
-    _add_files(options, "heads.json")
+    add_files(options, "heads.json")
     pictures = options.add_mutually_exclusive_group()
     pictures.add_argument(
         "--images", type=Path, metavar="DIR", help="pictures; default: drawn scenes of the demo"
     )
     pictures.add_argument(
         "--scenes",
-        type=_count,
+        type=count,
         default=40,
         metavar="N",
         help="how many scenes to draw (default: %(default)s)",
@@ -114,34 +121,20 @@ def _add_heads(what: Any) -> None:
     )
     options.add_argument(
         "--layers",
-        type=_layers,
+        type=layer_run,
         nargs="+",
         metavar="LAYER",
         help="choose heads of these layers, such as 1 8-23; default: as vhr does",
     )
     options.add_argument(
         "--alpha",
-        type=_positive,
+        type=positive,
         default=2.0,
         metavar="A",
         help="a scale to note in the profile; the choice does not depend on it "
         "(default: %(default)g)",
     )
     options.set_defaults(run=calibrate_heads)
-
-
-def _add_files(options: argparse.ArgumentParser, output: str) -> None:
-    options.add_argument("model", metavar="MODEL", help="a directory, or a name on the model hub")
-    options.add_argument(
-        "--output",
-        type=Path,
-        default=Path(output),
-        metavar="FILE",
-        help="the profile (default: %(default)s)",
-    )
-    options.add_argument(
-        "--plot", type=Path, metavar="FILE", help="a picture too (.png, .pdf, .svg)"
-    )
 
 
 def calibrate_sinks(args: argparse.Namespace) -> int:
@@ -211,35 +204,3 @@ def calibrate_heads(args: argparse.Namespace) -> int:
         save_plot(profile, args.plot)
         print(f"plot: {args.plot}")
     return 0
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise ValueError now for what would else fail after minutes of work."""
-    for path in filter(None, (args.output, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: the folder does not exist")
-    if args.plot and find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib: pip install "headway[calibrate]"')
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (0 < value < math.inf):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _layers(text: str) -> range:
-    """One layer, or a run of them: `3`, `8-23`."""
-    first, dash, last = text.partition("-")
-    found = range(int(first), int(last if dash else first) + 1)
-    if not found:
-        raise argparse.ArgumentTypeError(f"holds no layer: {text}")
-    return found

@@ -12,7 +12,7 @@ import torch
 from headway.server import cli
 from headway.server.calibration import residual, sinks
 from headway.server.calibration.prompts import PROMPTS, read_prompts
-from headway.server.commands import calibrate
+from headway.server.commands import calibrate, calibrate_options
 from headway.steering import ModelGeometry
 from headway.steering.sinks import SinkProfile
 
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_used_are_named_at_once(
 def test_a_plot_needs_matplotlib(
     loaded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(calibrate, "find_spec", lambda name: None)
+    monkeypatch.setattr(calibrate_options, "find_spec", lambda name: None)
     assert cli.main(["calibrate", "sinks", "m", "--plot", "sinks.png"]) == 2
     assert "headway[calibrate]" in capsys.readouterr().err
 
