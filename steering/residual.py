@@ -13,7 +13,8 @@ from headway.steering.methods.base import CompiledMethod, check_layers, find_pro
 from headway.steering.program import QueryScope, ResidualEdit, ResidualForm
 from headway.steering.vectors import VectorProfile
 
-Strength = Annotated[float, Field(ge=-100.0, le=100.0)]
+Strength = Annotated[float, Field(ge=-100.0, le=100.0)] | Literal["profile"]
+"""A number, or the strength that the profile's header gives."""
 
 Positions = Literal["from_last_prompt_token", "output", "all"]
 """The query scopes between which activation steering lets a request choose."""
@@ -26,7 +27,7 @@ class _NamesVectors(Protocol):
     def profile(self) -> str: ...
 
     @property
-    def strength(self) -> float: ...
+    def strength(self) -> Literal["profile"] | float: ...
 
     @property
     def layers(self) -> Literal["profile"] | list[int]: ...
@@ -99,4 +100,9 @@ def residual_method(
                 message = f"the profile has nothing for layer {layer}; it has: {list(layers)}"
                 raise SteeringError(Reason.BAD_PARAM, message, f"{param}.layers")
         layers = tuple(asked)
-    return ResidualMethod(named, profile, layers, method.strength, form)
+    return ResidualMethod(named, profile, layers, strength_of(method, profile), form)
+
+
+def strength_of(method: _NamesVectors, profile: VectorProfile) -> float:
+    """How strongly a method is applied."""
+    return profile.header.strength if isinstance(method.strength, str) else method.strength

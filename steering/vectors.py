@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from headway.steering.artifacts import ResidualArtifact
 from headway.steering.errors import Reason, SteeringError
@@ -183,8 +183,9 @@ class VectorProfile:
         """Write the file and return its digest. The same profile gives the same bytes."""
         header = self.header.model_dump_json()
         arrays = {name: np.ascontiguousarray(array) for name, array in self.tensors.items()}
-        save_file(arrays, path, metadata={METADATA_KEY: header})
-        return file_digest(path)
+        content = save(arrays, metadata={METADATA_KEY: header})
+        path.write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
 
     @classmethod
     def load(cls, path: Path, param: str = "profile") -> VectorProfile:

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "quality": "what steering does to answers: hallucinated objects (POPE, CHAIR), perplexity",
     "head-selection": "time to first token and tokens/s where VHR chooses heads by the prompt",
     "sgrs": "time per output token with SGRS: to unsteered requests, and to SGRS as published",
+    "vectors": "what a vector profile does to answers: language of code, form, perplexity",
 }
 """Name -> one line of help."""
 

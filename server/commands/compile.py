@@ -1,6 +1,7 @@
 """`headway compile`: the program that a request would get, without an engine.
 
-The same as POST /v1/steering/compile on a server of the same model and presets.
+The same as POST /v1/steering/compile on a server of the same model and presets, with the profiles
+and presets of the registry under $HEADWAY_HOME.
 """
 
 from __future__ import annotations
@@ -93,15 +94,17 @@ def read_request(path: str) -> dict[str, Any]:
 
 def dry_state(config: Any, preset_options: Sequence[str]) -> SteeringState:
     """The state of a server without its engine; config: see `model_only`. Raises ValueError."""
-    from headway.server.http.presets import load_presets
+    from headway.server.http.admin import AdminKeys
     from headway.server.http.state import SteeringState
+    from headway.server.registry.registry import Registry
+    from headway.server.registry.store import Store
 
-    geometry = steerable_geometry(config)
-    presets = load_presets(preset_options, geometry)
+    registry = Registry(steerable_geometry(config), Store(), AdminKeys(), preset_options)
+    presets = registry.presets
     # Under which name the model is served is unknown: all names are, but for aliases of presets.
     names = SimpleNamespace(
         is_base_model=lambda name: name.rpartition(":")[2] not in presets or ":" not in name,
         lora_requests={},
     )
     client: Any = None
-    return SteeringState(config, geometry, client, names, presets)
+    return SteeringState(config, registry.geometry, client, names, presets, registry=registry)

@@ -28,7 +28,7 @@ from headway.steering.methods.base import (
     find_profile,
 )
 from headway.steering.program import HeadEdit, QueryScope
-from headway.steering.residual import Positions, Strength
+from headway.steering.residual import Positions, Strength, strength_of
 from headway.steering.vectors import VectorProfile
 
 
@@ -38,7 +38,7 @@ class ACT(Method):
     name: ClassVar[str] = "act"
     method: Literal["act"]
     profile: str
-    strength: Strength = 1.0
+    strength: Strength = "profile"
     layers: Literal["profile"] | list[int] = "profile"
     scope: Positions = "from_last_prompt_token"
 
@@ -56,18 +56,19 @@ class ACT(Method):
                     message = f"the profile has no head in layer {layer}; it has: {steered}"
                     raise SteeringError(Reason.BAD_PARAM, message, f"{param}.layers")
             heads = tuple(head for head in heads if head[0] in layers)
+        strength = strength_of(self, profile)
         shape = geometry.num_layers, geometry.num_heads, geometry.head_size
         shift = np.zeros(shape, np.float32)
         for row, head in enumerate(profile.header.heads):
             if head in heads:
-                shift[head] = self.strength * profile.tensors["shifts"][row]
+                shift[head] = strength * profile.tensors["shifts"][row]
         words = HeadWords.identity(geometry)
         words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift)
         edit = HeadEdit(HeadWords(words.table, shifts), QueryScope(self.scope))
         details = {
             "profile": named,
             "digest": f"sha256:{profile.digest}",
-            "strength": self.strength,
+            "strength": strength,
             "layers": sorted({layer for layer, _ in heads}),
             "heads": [list(head) for head in heads],
             "scope": self.scope,

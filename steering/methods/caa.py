@@ -32,7 +32,7 @@ class CAA(Method):
     name: ClassVar[str] = "caa"
     method: Literal["caa"]
     profile: str
-    strength: Strength = 1.0
+    strength: Strength = "profile"
     layers: Literal["profile"] | list[int] = "profile"
     mode: Literal["add", "remove"] = "add"
     scope: Positions = "from_last_prompt_token"

@@ -38,7 +38,7 @@ class GACT(Method):
     name: ClassVar[str] = "gact"
     method: Literal["gact"]
     profile: str
-    strength: Strength = 1.0
+    strength: Strength = "profile"
     layers: Literal["profile"] | list[int] = "profile"
     cluster: Literal["auto"] | Annotated[int, Field(ge=0, lt=MAX_CLUSTERS)] = "auto"
     scope: Positions = "from_last_prompt_token"

@@ -51,7 +51,7 @@ class Server:
         self.log = log
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """The value of a metric now, 0 where it was never touched."""
         wanted = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         series = f"{name}{{{wanted}}}" if wanted else name

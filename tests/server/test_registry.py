@@ -86,7 +86,7 @@ def test_a_strength_of_zero_is_the_unsteered_answer(server: Server, colour: str)
 def test_streams_and_several_sequences(server: Server, colour: str) -> None:
     last = [event for event in events(server, CHAT, steered(colour)) if "steering" in event]
     assert len(last) == 1 and "colour@2" in last[0]
-    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "n": 2}
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "top_k": 1, "n": 2}
     answer = post(server, COMPLETIONS, {**body, "steering": steered(colour)["steering"]})
     assert answer["choices"][0]["text"] == answer["choices"][1]["text"]
     assert answer["steering"]["sequences"] == 2
@@ -141,6 +141,7 @@ def test_a_profile_in_use_cannot_be_deleted(server: Server, tmp_path: Path) -> N
     put(server, tmp_path, "busy", drawn(7))
     body = steered("busy", max_tokens=400, ignore_eos=True, stream=True)
     with server.http.stream("POST", CHAT, json=body) as response:
+        assert response.status_code == 200, response.read()
         next(response.iter_lines())
         refused = httpx.delete(f"{server.url}{PROFILES}/busy", headers=KEY)
         assert refused.status_code == 409, refused.text

@@ -74,6 +74,16 @@ def test_gact_adds_in_units_of_rms_what_the_probe_picks():
     assert applied.scope is QueryScope.FROM_LAST_PROMPT_TOKEN
 
 
+def test_the_profile_says_how_strong_where_the_request_does_not():
+    strong = {kind: drawn_profile(GEOMETRY, kind, strength=7.5) for kind in ("gact", "caa", "act")}
+    served = replace(GEOMETRY, profiles=NamedProfiles(strong))
+    for kind in strong:
+        for options, expected in (({}, 7.5), ({"strength": "profile"}, 7.5), ({"strength": 2}, 2)):
+            spec = parse_spec({"methods": [{"method": kind, "profile": kind, **options}]})
+            [applied] = compile_spec(spec, served).applied
+            assert applied.details["strength"] == expected
+
+
 def test_layers_cluster_scope_and_site():
     [edit] = compiled(gact(layers=[2], cluster=1, scope="all")).residual_edits
     assert (edit.layer, edit.cluster, edit.scope) == (2, 1, QueryScope.ALL)
@@ -148,7 +158,7 @@ def test_methods_go_together_where_they_edit_different_places():
         (gact(layers=[]), "E_BAD_PARAM", "layers", "selects no layer"),
         (gact(cluster=3), "E_BAD_PARAM", "cluster", r"the profile has 0 \.\. 2"),
         (gact(cluster=-1), "E_BAD_PARAM", "cluster", "-1"),
-        (gact(strength=101), "E_BAD_PARAM", "strength", "101"),
+        (gact(strength=101), "E_BAD_PARAM", "strength", "100"),
         (gact(scope="prompt"), "E_BAD_PARAM", "scope", "prompt"),
         (caa(cluster=0), "E_BAD_PARAM", "cluster", "unknown key"),
         (caa(mode="x"), "E_BAD_PARAM", "mode", "x"),
