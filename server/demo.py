@@ -3,8 +3,9 @@
     python -m headway.server.demo
 
 Starts `headway serve`, asks over the OpenAI client and ends the server. The unsteered and the
-first steered request run at the same time, in one batch; the last one is streamed. Then the same
-for a picture (`image_demo.py`), which is saved with its answers.
+first steered request run at the same time, in one batch; the last one is streamed. Then a coding
+question is answered towards C++ (`vector_demo.py`), and the same is done for a picture
+(`image_demo.py`), which is saved with its answers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from headway.server import image_demo, launch
+from headway.server import image_demo, launch, vector_demo
 from headway.server.models.smollm2 import ensure_smollm2
 
 MODEL = "smollm2"
@@ -65,8 +66,10 @@ def main() -> int:
         try:
             with serve(Path(folder), log) as url:
                 answers = ask(url)
+                coded = vector_demo.ask(url, MODEL)
             check(answers)
             show(answers)
+            vector_demo.show(*coded)
             rows = image_demo.run(Path(folder), log)
         except Exception as error:
             if log.exists():
@@ -99,6 +102,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
     preset.write_text(json.dumps(PRESET_FILE))
     flags = ["--served-model-name", MODEL, "--max-model-len", "2048", "--enforce-eager"]
     flags += ["--max-num-seqs", "8", "--steering-preset", f"{PRESET}={preset}"]
+    flags += vector_demo.FLAGS
     print("starting headway serve on SmolLM2, usually in less than a minute")
     with launch.serve(ensure_smollm2(), flags, folder, log) as url:
         yield url

@@ -47,5 +47,8 @@ def coding_tasks() -> tuple[CodingTask, ...]:
 
 
 def held_out_prompts() -> tuple[str, ...]:
-    """All prompts of PROMPTS, in the order of the file."""
-    return tuple(row["prompt"] for row in _rows(PROMPTS))
+    """The prompts of PROMPTS in the split "test", in the order of the file.
+
+    Those of the split "choice" are for choosing how to steer (layers, strengths).
+    """
+    return tuple(row["prompt"] for row in _rows(PROMPTS) if row["split"] == "test")

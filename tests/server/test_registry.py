@@ -142,7 +142,8 @@ def test_a_profile_in_use_cannot_be_deleted(server: Server, tmp_path: Path) -> N
     body = steered("busy", max_tokens=400, ignore_eos=True, stream=True)
     with server.http.stream("POST", CHAT, json=body) as response:
         assert response.status_code == 200, response.read()
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: its end would be that of the stream
+        assert "error" not in next(lines)
         refused = httpx.delete(f"{server.url}{PROFILES}/busy", headers=KEY)
         assert refused.status_code == 409, refused.text
         assert refused.json()["error"]["reason"] == "E_IN_USE"

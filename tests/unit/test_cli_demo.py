@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from headway.server import vector_demo
 from headway.server.demo import Answer, DemoError, check, echo_lines, side_by_side
+from headway.steering import ModelGeometry
+from headway.steering.vectors import VectorProfile
 
 pytestmark = pytest.mark.unit
 
@@ -53,3 +56,38 @@ def test_good_answers_pass() -> None:
 def test_the_demo_fails_unless_steering_is_seen(answers: list[Answer], problem: str) -> None:
     with pytest.raises(DemoError, match=problem):
         check(answers)
+
+
+VOUCHED = {"text": "#include <cmath>", "steering": {**ECHO, "positions_edited": 3}}
+PLAIN = {"text": "def f():", "steering": None}
+
+
+def test_the_coding_question_shows_both_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    vector_demo.check(PLAIN, VOUCHED)
+    method = {"method": "gact", "profile": "prefer-cpp", "strength": 2.4, "layers": [12, 14]}
+    vector_demo.show(PLAIN, {**VOUCHED, "steering": {"methods": [method]}})
+    shown = capsys.readouterr().out
+    assert "def f():" in shown and "#include <cmath>" in shown
+    assert "profile prefer-cpp, strength 2.4, layers 12, 14" in shown
+
+
+@pytest.mark.parametrize(
+    ("plain", "steered", "problem"),
+    [
+        ({**PLAIN, "steering": ECHO}, VOUCHED, "claims"),
+        (PLAIN, {**VOUCHED, "steering": None}, "lacks the report"),
+        (PLAIN, {**VOUCHED, "steering": {**ECHO, "positions_edited": 0}}, "lacks the report"),
+        (PLAIN, {**VOUCHED, "text": PLAIN["text"]}, "equals"),
+    ],
+)
+def test_the_coding_question_fails_unless_steering_is_seen(
+    plain: dict[str, Any], steered: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(vector_demo.VectorDemoError, match=problem):
+        vector_demo.check(plain, steered)
+
+
+def test_the_profile_of_the_demo_fits_smollm2() -> None:
+    profile = VectorProfile.load(vector_demo.PROFILE)
+    profile.check_model(ModelGeometry(30, 9, 3, 64, 576, architecture="LlamaForCausalLM"))
+    assert profile.kind == "gact" and profile.header.licence == "Apache-2.0"
