@@ -8,7 +8,7 @@ With x a row of the residual stream at the last prompt token, n = x / rms(x), H 
 probe of a layer p = softmax(z), z = W n + b, a piece of feedback is one gradient step per layer on
 
     label k            -log p_k          dL/dz_j = p_j - [j = k]
-    preferred          -log p_c          the same for k = c, the cluster that the layer's probe picked
+    preferred          -log p_c          the same for k = c, the cluster that the probe picked
     not preferred      -log(1 - p_c)     dL/dz_c = p_c,   dL/dz_j = -p_c p_j / (1 - p_c) for j != c
 
     W <- W - rate / H * dL/dz n^T        b <- b - rate * dL/dz
@@ -22,8 +22,9 @@ profile gives the same file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,9 @@ def likely_gradient(logits: np.ndarray, cluster: int) -> np.ndarray:
 
 
 def unlikely_gradient(logits: np.ndarray, cluster: int) -> np.ndarray:
-    """dL/dz of L = -log(1 - softmax(z)[cluster]); logits: z, float64 [num_clusters], of two or more.
+    """dL/dz of L = -log(1 - softmax(z)[cluster]); logits: z, float64 [num_clusters >= 2].
 
-    p_j / (1 - p_c) is the softmax of the others among themselves: finite also where p_c rounds to 1.
+    p_j / (1 - p_c) is the softmax of the others among themselves, finite where p_c rounds to 1 too.
     """
     others = np.arange(len(logits)) != cluster
     likely = _softmax(logits)[cluster]
@@ -81,7 +82,10 @@ def unlikely_gradient(logits: np.ndarray, cluster: int) -> np.ndarray:
 
 
 def refined(
-    profile: VectorProfile, feedback: Sequence[Feedback], rate: float, **training: Any
+    profile: VectorProfile,
+    feedback: Sequence[Feedback],
+    rate: float,
+    training: Mapping[str, Any] = MappingProxyType({}),
 ) -> VectorProfile:
     """A gact profile with its probes refined; its directions and all else stay.
 

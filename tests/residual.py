@@ -34,7 +34,11 @@ def residual_program(*edits: ResidualEdit) -> SteeringProgram:
 
 
 class Added:
-    """The edits of one program on a transformers model; `picked` are the clusters of all rows."""
+    """The edits of one program on a transformers model.
+
+    picked: the clusters of all rows. read: point -> x / rms(x) at the last prompt position, as the
+    probe saw it, and the cluster that it picked.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Added:
         self.artifacts = {artifact.digest: artifact for artifact in artifacts}
         self.edits, self.prompt_len = edits, prompt_len
         self.picked: set[int] = set()
+        self.read: dict[int, tuple[torch.Tensor, int]] = {}
 
     def _edit(self, stream: torch.Tensor, edit: ResidualEdit) -> torch.Tensor:
         """What the edit makes of the stream of one sequence, [num_tokens, hidden_size]."""
@@ -62,6 +67,8 @@ class Added:
             scores = probe + torch.tensor(artifact.probe_bias)
             cluster = int(scores.argmax()) if edit.cluster is None else edit.cluster
             self.picked.add(cluster)
+            if row == self.prompt_len - 1:
+                self.read[edit.point] = x / rms, int(scores.argmax())
             v = torch.tensor(artifact.directions[cluster])
             if edit.form is ResidualForm.RMS:
                 changed[row] = x + edit.strength * rms * v

@@ -13,7 +13,7 @@ from headway.server.engine.request import SteeringRequest
 from headway.server.http import metrics
 from headway.server.http.requests import Steerable
 from headway.server.http.state import ResolvedSteering, SteeringState
-from headway.server.registry.feedback import ProfileReading, clusters_read
+from headway.server.registry.readings import ProfileReading, profile_readings
 from headway.steering import Reason, SteeringError
 from headway.steering.program import AppliedMethod, Readout
 
@@ -61,6 +61,7 @@ class Exchange:
         self._report: EngineReport | None = None
         self._outcome: str | None = None
         self._held: list[str] = []
+        self._readings: dict[int, ProfileReading] = {}  # of the methods, by index
         self._profiles = [
             applied.profile for applied in steering.program.applied if applied.profile is not None
         ]
@@ -103,9 +104,8 @@ class Exchange:
             if report is None or not report.is_complete:
                 await forget_response(self.raw_request, self.request_id)
                 raise self._failure(report)
-        readings = self._readings(report)
-        echo = self._echo(report, readings)
-        self.state.readings.put(self.request_id, tuple(filter(None, readings)))
+            self._note_readings(report)
+        echo = self._echo(report)
         self.state.reports.put(self.request_id, echo)
         return None if self.steering.spec.report.level == "none" else echo
 
@@ -182,23 +182,21 @@ class Exchange:
         logger.error("%s", message)
         return SteeringError(Reason.STEERING_FAILED, message)
 
-    def _readings(self, report: EngineReport | None) -> list[ProfileReading | None]:
-        """What the probes of each method read at the last token of the prompt, if it is one."""
-        program = self.steering.program
-        if report is None or report.sequences > (getattr(self.body, "n", None) or 1):
-            return [None] * len(program.applied)
-        return clusters_read(program, report.probes)
+    def _note_readings(self, report: EngineReport) -> None:
+        """Keep what the probes read at the last token of the prompt, unless there are several."""
+        if report.sequences > (getattr(self.body, "n", None) or 1):
+            return
+        self._readings = profile_readings(self.steering.program, report.probes)
+        self.state.readings.put(self.request_id, self._readings.values())
 
-    def _echo(
-        self, report: EngineReport | None, readings: list[ProfileReading | None]
-    ) -> dict[str, Any]:
+    def _echo(self, report: EngineReport | None) -> dict[str, Any]:
         program, spec = self.steering.program, self.steering.spec
         echo: dict[str, Any] = {
             "fingerprint": program.fingerprint,
             "identity": program.is_identity,
             "methods": [
-                self._applied(applied, report, read)
-                for applied, read in zip(program.applied, readings, strict=True)
+                self._applied(applied, report, self._readings.get(index))
+                for index, applied in enumerate(program.applied)
             ],
             "report": spec.report.level,
             "positions_edited": report.positions_edited if report else 0,

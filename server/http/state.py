@@ -19,7 +19,8 @@ from headway.server.engine.config import (
 from headway.server.engine.held_artifacts import HeldArtifacts
 from headway.server.http.carriage import Carriage, single, split_alias
 from headway.server.http.presets import Preset
-from headway.server.registry.feedback import FeedbackCollector, ReadingStore
+from headway.server.registry.feedback import FeedbackCollector
+from headway.server.registry.readings import ReadingStore
 from headway.server.registry.registry import Registry
 from headway.steering import (
     ModelGeometry,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +23,19 @@ from pydantic import Field
 
 from headway.server.registry.documents import Record
 from headway.server.registry.names import DIGEST_PREFIX, check_name, parse_digest, parse_reference
+from headway.server.registry.readings import (
+    MAX_READ_REQUESTS,
+    ProfileReading,
+    ReadingStore,
+    ReadRequest,
+)
 from headway.server.registry.registry import Registry
-from headway.steering import Reason, SteeringError, SteeringProgram
+from headway.steering import Reason, SteeringError
 from headway.steering.refinement import Feedback, ProbeReading, refined, same_clusters
 from headway.steering.validation import StrictModel, validate
 from headway.steering.vectors import FeedbackRule, VectorProfile
 
 logger = logging.getLogger(__name__)
-
-MAX_READ_REQUESTS = 1024
-MAX_READ_BYTES = 64 * 1024 * 1024
-"""Of how many requests it is kept what their probes read, and in how much memory."""
 
 MAX_PENDING_BYTES = 256 * 1024 * 1024
 """Most memory of feedback that waits for its batch to be full, over all profiles."""
@@ -65,76 +66,6 @@ class Verdict(StrictModel):
     def on(self, reading: ProbeReading) -> Feedback:
         """It as a step on the probes that read this."""
         return Feedback(reading, self.label, self.preferred is not False)
-
-
-@dataclass(frozen=True)
-class ProfileReading:
-    """What the probes of one version of a profile read; reference: `name@version`."""
-
-    reference: str
-    reading: ProbeReading
-
-
-@dataclass
-class _Read:
-    """Of one request: what was read, and the profiles that have had feedback on it."""
-
-    readings: tuple[ProfileReading, ...]
-    given: set[str] = field(default_factory=set)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(each.reading.rows.nbytes for each in self.readings)
-
-
-class ReadingStore:
-    """What the probes read, by response id; the oldest go first."""
-
-    def __init__(self, capacity: int = MAX_READ_REQUESTS, max_bytes: int = MAX_READ_BYTES) -> None:
-        self._capacity, self._max_bytes = capacity, max_bytes
-        self._kept: OrderedDict[str, _Read] = OrderedDict()
-        self._size = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def put(self, request_id: str, readings: tuple[ProfileReading, ...]) -> None:
-        """Keep what was read of a request, if anything was."""
-        if not readings:
-            return
-        self._forget(request_id)
-        self._kept[request_id] = read = _Read(readings)
-        self._size += read.num_bytes
-        while len(self._kept) > self._capacity or self._size > self._max_bytes:
-            self._forget(next(iter(self._kept)))
-
-    def get(self, request_id: str) -> _Read | None:
-        """What was read of a request; None if nothing was, or it is not kept any more."""
-        return self._kept.get(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        read = self._kept.pop(request_id, None)
-        self._size -= 0 if read is None else read.num_bytes
-
-
-def clusters_read(program: SteeringProgram, probes: list[list[Any]]) -> list[ProfileReading | None]:
-    """What the probes of each of a program's methods read; None where none was.
-
-    probes: those of the `EngineReport`. A row that is not finite has nothing to teach.
-    """
-    read = {point: (cluster, row) for point, cluster, row in probes}
-    found: list[ProfileReading | None] = []
-    for applied in program.applied:
-        points = {} if applied.probes is None else applied.probes.points
-        layers = tuple(layer for layer, point in points.items() if point in read)
-        if applied.probes is None or not layers:
-            found.append(None)
-            continue
-        clusters, rows = zip(*(read[points[layer]] for layer in layers), strict=True)
-        table = np.stack([np.frombuffer(row, "<f4") for row in rows])
-        reading = ProbeReading(layers, table, clusters) if np.isfinite(table).all() else None
-        found.append(reading and ProfileReading(applied.probes.profile, reading))
-    return found
 
 
 @dataclass
@@ -182,8 +113,8 @@ class FeedbackCollector:
                 allowed = f"0 .. {newest.num_clusters - 1}"
                 message = f"cluster {verdict.label} does not exist; the profile has {allowed}"
                 raise SteeringError(Reason.BAD_PARAM, message, f"{param}.label")
-            own = [each for each in read.readings if _name_of(each.reference) == name]
-            for reference in {each.reference for each in own}:
+            own = [each for each in read.readings if each.name == name]
+            for reference in sorted({each.reference for each in own}):
                 self._check_served(reference, newest, record.reference, param)
             pieces = self._waiting(name, newest)
             count, pieces = len(pieces) + 1, [*pieces, verdict.on(_joined(own))]
@@ -227,7 +158,7 @@ class FeedbackCollector:
         profile.check_model(self._registry.geometry, "name")
         return record, profile, rule
 
-    def _read(self, name: str, verdict: Verdict, param: str) -> _Read:
+    def _read(self, name: str, verdict: Verdict, param: str) -> ReadRequest:
         """What was read of the request that feedback is on."""
         where, shown = f"{param}.request_id", verdict.request_id[:80]
         read = self._readings.get(verdict.request_id)
@@ -237,7 +168,7 @@ class FeedbackCollector:
                 f"ago: at most {MAX_READ_REQUESTS} are kept"
             )
             raise SteeringError(Reason.REQUEST_NOT_FOUND, message, where)
-        if read is None or name not in {_name_of(each.reference) for each in read.readings}:
+        if read is None or name not in {each.name for each in read.readings}:
             message = (
                 f"of the request {shown} nothing is kept that the probes of {name} read: it was "
                 "not steered by that profile with the cluster left to its probes"
@@ -286,7 +217,7 @@ class FeedbackCollector:
             "feedback": len(feedback),
             "learning_rate": rate,
         }
-        made = refined(profile, feedback, rate, **facts)
+        made = refined(profile, feedback, rate, facts)
         upload = store.upload()
         try:
             with tempfile.TemporaryDirectory(prefix="headway-") as folder:
@@ -304,12 +235,6 @@ class FeedbackCollector:
         version, _ = registry.put_profile(record.name, content)
         logger.info("%d pieces of feedback made %s", len(feedback), version.reference)
         return version.reference
-
-
-def _name_of(reference: str) -> str | None:
-    """The name in `name@version`; None for a profile that has no versions."""
-    found = parse_reference(reference)
-    return None if found is None or found.version is None else found.name
 
 
 def _joined(readings: list[ProfileReading]) -> ProbeReading:
