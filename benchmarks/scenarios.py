@@ -160,7 +160,7 @@ LONG: dict[str, Any] = SHORT | {
     "num_prompts": 1,
     "configurations": 1,
 }
-# On a CUDA device its graphs would need the setting `residual_edits`, which idle engines do without.
+# On a CUDA device graphs would need the setting `residual_edits`, which idle engines do without.
 ADDED: dict[str, Any] = {"headway": True, "cpu_only": True}
 GATED: dict[str, Any] = SHORT | {"num_requests": 8, "cpu_only": True}
 

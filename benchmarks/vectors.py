@@ -153,6 +153,7 @@ def serve(
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=16,
+        kv_cache_memory_bytes=1 << 30,
         seed=0,
         additional_config={"headway": {"profiles": profiles}},
     )

@@ -245,6 +245,7 @@ def engine(**changes: Any) -> Any:
             quantization=values["quantization"],
             architecture=values["architecture"],
             hf_text_config=SimpleNamespace(model_type=values["model_type"]),
+            get_total_num_hidden_layers=lambda: 4,
         ),
         parallel_config=SimpleNamespace(**values["sizes"]),
         use_v2_model_runner=values["v2"],
