@@ -33,7 +33,7 @@ from headway.benchmarks.environment import (
     has_native_bfloat16,
     interpreter_refusal,
 )
-from headway.benchmarks.scenarios import Comparison, Scenario, available
+from headway.benchmarks.scenarios import Comparison, Scenario, available, selected
 from headway.benchmarks.statistics import paired_ratio, rounds_option, spread, verdict
 
 NAME = "headway bench overhead"
@@ -80,9 +80,11 @@ def main(argv: Sequence[str]) -> int:
         # Absolute, since engines run in another folder.
         model = args.model.absolute() if args.model else default_model()
         scenarios, comparisons = available(on_cuda)
+        if args.only:
+            scenarios, comparisons = selected(scenarios, comparisons, args.only)
         scenarios = sized(scenarios, args.dtype, prompt_tokens, enforce_eager=not on_cuda)
         verified, measurement = measure(scenarios, model, rounds, args.seed, on_cuda)
-    except (EngineError, OSError) as error:
+    except (EngineError, OSError, ValueError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
     result = report(scenarios, comparisons, measurement)
@@ -102,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, short prompts"
+    )
+    parser.add_argument(
+        "--only", metavar="TEXT", help="the comparisons with this in their name, such as G-ACT"
     )
     parser.add_argument(
         "--rounds", type=rounds_option, help=f"number of rounds, {ROUNDS} by default"

@@ -7,7 +7,7 @@ function in `STEERING`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ COMPARISONS = (
     Comparison("affine on every request / idle", "affine", "idle", bar=0.97),
     Comparison("G-ACT at 4 layers / idle", "G-ACT, 4 layers", "idle", bar=0.97),
     Comparison("G-ACT at all layers / idle", "G-ACT, all layers", "idle", bar=0.93),
-    Comparison("16 profiles / 1", "G-ACT, all layers", "G-ACT, 1 profile", bar=0.97),
+    Comparison("G-ACT, 16 profiles / 1", "G-ACT, all layers", "G-ACT, 1 profile", bar=0.97),
     Comparison("LocoRE / idle, context 512", "LocoRE, context 512", "idle, context 512", bar=0.92),
     Comparison(
         "VAR's edit / idle, context 512", "VAR's edit, context 512", "idle, context 512", bar=0.92
@@ -215,3 +215,18 @@ def available(on_cuda: bool) -> tuple[tuple[Scenario, ...], tuple[Comparison, ..
     scenarios = tuple(each for each in SCENARIOS if not (on_cuda and each.cpu_only))
     names = {each.name for each in scenarios}
     return scenarios, tuple(each for each in COMPARISONS if each.scenario in names)
+
+
+def selected(
+    scenarios: Sequence[Scenario], comparisons: Sequence[Comparison], text: str
+) -> tuple[tuple[Scenario, ...], tuple[Comparison, ...]]:
+    """The comparisons whose name contains a text, and the scenarios that they are between.
+
+    Raises ValueError if there is none.
+    """
+    chosen = tuple(each for each in comparisons if text.lower() in each.name.lower())
+    if not chosen:
+        names = "; ".join(each.name for each in comparisons)
+        raise ValueError(f'no comparison has "{text}" in its name; they are: {names}')
+    needed = {name for each in chosen for name in (each.scenario, each.baseline)}
+    return tuple(each for each in scenarios if each.name in needed), chosen

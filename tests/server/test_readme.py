@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from headway.server.vector_demo import PROFILE
+from tests.server.conftest import ADMIN_KEY
 
 pytestmark = pytest.mark.engine
 
@@ -46,6 +50,22 @@ def test_curl_of_sgrs(server):
     for total, each in (("draws", "draws"), ("refusals", "refusals"), ("fallbacks", "fallback")):
         assert method[total] == sum(token[each] for token in tokens)
     assert method["draws"] >= len(tokens)
+
+
+def test_curl_of_gact(server):
+    (example,) = (block for block in blocks("bash") if '"gact"' in block)
+    assert PRINTED_URL in example
+    put = [sys.executable, "-m", "headway.server.cli", "profile", "put", "prefer-cpp"]
+    os.environ["HEADWAY_STEERING_API_KEY"] = ADMIN_KEY
+    try:
+        run([*put, str(PROFILE), "--url", server.url], "")
+    finally:
+        del os.environ["HEADWAY_STEERING_API_KEY"]
+    answer = json.loads(run(["bash", "-s"], example.replace(PRINTED_URL, server.url)))
+    (method,) = answer["steering"]["methods"]
+    assert method["profile"] == "prefer-cpp@1" and method["strength"] == pytest.approx(2.4)
+    assert method["positions_edited"] == answer["usage"]["completion_tokens"]
+    assert set(method["clusters"]) == {"12", "14", "16", "18"}
 
 
 def test_openai_sdk(server):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from headway.benchmarks import engine, environment, overhead, worker
+from headway.benchmarks import scenarios as scenarios_module
 from headway.benchmarks.engine import EngineError
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario
 from headway.benchmarks.statistics import Ratio, Verdict, paired_ratio, verdict
@@ -376,3 +377,13 @@ def test_an_engine_without_the_graphs_it_should_have_is_refused(
     assert load(mode="PIECEWISE").verify()["cudagraph_mode"] == "PIECEWISE"
     with pytest.raises(RuntimeError, match="no CUDA graphs"):
         load(mode="NONE").verify()
+
+
+def test_some_of_the_comparisons() -> None:
+    chosen, compared = scenarios_module.selected(SCENARIOS, COMPARISONS, "g-act")
+    assert len(compared) == 3 and all("G-ACT" in each.name for each in compared)
+    assert {each.name for each in chosen} == {
+        *("idle", "G-ACT, 4 layers", "G-ACT, all layers", "G-ACT, 1 profile")
+    }
+    with pytest.raises(ValueError, match='no comparison has "x-y".*affine on every request'):
+        scenarios_module.selected(SCENARIOS, COMPARISONS, "x-y")
