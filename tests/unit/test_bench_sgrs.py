@@ -280,5 +280,5 @@ def test_sgrs_is_left_out_where_it_is_refused() -> None:
     assert row.bar == 0.40 and gated.num_requests <= 8 and gated.steering == "sgrs"
     on_cuda, rest = available(on_cuda=True)
     left_out = {each.name for each in on_cpu} - {each.name for each in on_cuda}
-    assert left_out == {row.scenario, row.baseline}
-    assert set(compared) - set(rest) == {row}
+    assert left_out >= {row.scenario, row.baseline}
+    assert row not in rest and {each.name for each in on_cuda if "SGRS" in each.name} == set()

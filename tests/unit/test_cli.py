@@ -111,7 +111,7 @@ def test_a_plugin_that_does_not_load_ends_the_start(monkeypatch: pytest.MonkeyPa
 
 def arguments(**values: object) -> Namespace:
     settings = {"grpc": False, "model_tag": "m", "additional_config": {}, "steering_profile": []}
-    settings["max_sgrs_requests"] = None
+    settings |= {"max_sgrs_requests": None, "max_vector_memory": None}
     return Namespace(**settings | values)
 
 
@@ -125,6 +125,14 @@ def test_serve_hands_the_limit_of_sgrs_to_the_engine() -> None:
     assert args.additional_config == {"headway": {"max_sgrs_requests": 0}}
     with pytest.raises(ValueError, match="--max-sgrs-requests -1"):
         serve.switch_on(arguments(max_sgrs_requests=-1))
+
+
+def test_serve_hands_the_memory_for_vectors_to_the_engine() -> None:
+    args = arguments(max_vector_memory=64)
+    serve.switch_on(args)
+    assert args.additional_config == {"headway": {"max_vector_memory": 64}}
+    with pytest.raises(ValueError, match="--max-vector-memory -1"):
+        serve.switch_on(arguments(max_vector_memory=-1))
 
 
 def test_serve_enables_headway_and_keeps_other_settings() -> None:
