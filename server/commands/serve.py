@@ -136,14 +136,12 @@ def switch_on(args: Namespace) -> None:
             raise ValueError(f"--additional-config: {KEY}.{PROFILES} must map names to paths")
         profiles = add_profiles(profiles, args.steering_profile)
         settings[KEY] = {**settings[KEY], PROFILES: profiles}
-    if args.max_sgrs_requests is not None:
-        if args.max_sgrs_requests < 0:
-            raise ValueError(f"--max-sgrs-requests {args.max_sgrs_requests}: must not be negative")
-        settings[KEY] = {**settings[KEY], SGRS_REQUESTS: args.max_sgrs_requests}
-    if args.max_vector_memory is not None:
-        if args.max_vector_memory < 0:
-            raise ValueError(f"--max-vector-memory {args.max_vector_memory}: must not be negative")
-        settings[KEY] = {**settings[KEY], VECTOR_MEMORY: args.max_vector_memory}
+    for name in (SGRS_REQUESTS, VECTOR_MEMORY):  # options of the same names
+        limit = getattr(args, name)
+        if limit is not None:
+            if limit < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {limit}: must not be negative")
+            settings[KEY] = {**settings[KEY], name: limit}
     args.additional_config = settings
 
 

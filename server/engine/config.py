@@ -174,11 +174,16 @@ def max_vector_bytes(vllm_config: Any) -> int:
 
     The setting `{"headway": {"max_vector_memory": MIB}}`. Raises ValueError if it is no number.
     """
+    return _limit(vllm_config, VECTOR_MEMORY, DEFAULT_VECTOR_MEMORY, "of MiB") * 1024 * 1024
+
+
+def _limit(vllm_config: Any, name: str, default: int, what: str) -> int:
+    """A setting that is a number, and not below 0. Raises ValueError if it is none."""
     settings = (getattr(vllm_config, "additional_config", None) or {}).get(KEY) or {}
-    number = settings.get(VECTOR_MEMORY, DEFAULT_VECTOR_MEMORY)
+    number = settings.get(name, default)
     if type(number) is not int or number < 0:
-        raise ValueError(f"{KEY}.{VECTOR_MEMORY} must be a whole number of MiB: {number!r}")
-    return number * 1024 * 1024
+        raise ValueError(f"{KEY}.{name} must be a whole number {what}: {number!r}")
+    return number
 
 
 SGRS_REQUESTS = "max_sgrs_requests"
@@ -205,11 +210,7 @@ def max_sgrs_requests(vllm_config: Any) -> int:
 
     The setting `{"headway": {"max_sgrs_requests": N}}`. Raises ValueError if it is no such number.
     """
-    settings = (getattr(vllm_config, "additional_config", None) or {}).get(KEY) or {}
-    number = settings.get(SGRS_REQUESTS, DEFAULT_SGRS_REQUESTS)
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{KEY}.{SGRS_REQUESTS} must be a whole number of at least 0: {number!r}")
-    return number
+    return _limit(vllm_config, SGRS_REQUESTS, DEFAULT_SGRS_REQUESTS, "of at least 0")
 
 
 def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
