@@ -89,12 +89,25 @@ def main(argv: Sequence[str]) -> int:
         return 1
     result = report(scenarios, comparisons, measurement)
     result |= {"verified": verified, "model": model.name, "seed": args.seed}
-    output = args.output or RESULTS / f"overhead-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    print(f"written to {output}")
+    save(result, table(result), output_file("overhead", args.output))
     return 0
+
+
+def output_file(benchmark: str, given: Path | None) -> Path:
+    """Where the JSON of a benchmark goes: as given, or a file of now; its folder is made.
+
+    Raises OSError.
+    """
+    output = given or RESULTS / f"{benchmark}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def save(result: dict[str, Any], text: str, output: Path) -> None:
+    """Write the JSON of a benchmark, and print what it says and where it is. Raises OSError."""
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(text)
+    print(f"written to {output}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ rounds, so that whatever slows the machine for longer than a round slows both. S
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -36,7 +35,7 @@ from headway.benchmarks.environment import (
     interpreter_refusal,
     own_seconds,
 )
-from headway.benchmarks.overhead import RESULTS, default_model
+from headway.benchmarks.overhead import default_model, output_file, save
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.sgrs_load import (
     ARMS,
@@ -122,8 +121,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     output_tokens = QUICK_OUTPUT_TOKENS if args.quick else OUTPUT_TOKENS
-    output = args.output or RESULTS / f"sgrs-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = output_file("sgrs", args.output)
     log = output.with_suffix(".log")
     try:
         model = args.model.absolute() if args.model else default_model()
@@ -134,9 +132,7 @@ def main(argv: Sequence[str]) -> int:
     facts = {"model": model.name, "dtype": args.dtype, "seed": args.seed}
     facts |= {"context": args.context, "output_tokens": output_tokens}
     result = report(measurement, facts)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    print(f"written to {output}")
+    save(result, table(result), output)
     return 0
 
 

@@ -13,7 +13,6 @@ where the edit is applied at all positions. Greedy; 95 % bootstrap intervals ove
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from headway.benchmarks.environment import environment
-from headway.benchmarks.overhead import RESULTS, default_model
+from headway.benchmarks.overhead import default_model, output_file, save
 from headway.benchmarks.quality.coding import held_out_prompts
 from headway.benchmarks.quality.intervals import difference, draws, interval, ratio
 from headway.benchmarks.quality.language import FENCE, LANGUAGES, language_of
@@ -92,11 +91,7 @@ def main(argv: Sequence[str]) -> int:
         "environment": environment(),
         "answers": answers,
     }
-    output = args.output or RESULTS / f"vectors-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    print(f"written to {output}")
+    save(result, table(result), output_file("vectors", args.output))
     return 0
 
 
