@@ -102,12 +102,15 @@ class CpuStepPlan(StepPlan):
     def watches_residual(self) -> bool:
         return bool(self.sink_rows or self.layout.residual.points)
 
+    def edits_at(self, point: int) -> bool:
+        return point in self.layout.residual.points
+
     def edit_residual(
         self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        layout = self.layout.residual
-        if point not in layout.points:
+        if not self.edits_at(point):
             return
+        layout = self.layout.residual
         started = time.perf_counter()
         if self.probe_rows:
             stream, parts = (hidden_states, residual), self.tables.parts

@@ -63,11 +63,14 @@ class GpuStepPlan(StepPlan):
     def watches_residual(self) -> bool:
         return self.capturing or bool(self._adds.any() or self._sinks.any())
 
+    def edits_at(self, point: int) -> bool:
+        return self.planner.captures_residual if self.capturing else bool(self._adds[point])
+
     def edit_residual(
         self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         planner, tables = self.planner, self.planner.tables
-        if not (planner.captures_residual if self.capturing else self._adds[point]):
+        if not self.edits_at(point):
             return
         row = tables.row_of_point(point)
         with self._attempt(lambda: self._users_of(tables.adds, point)):

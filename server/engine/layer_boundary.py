@@ -41,7 +41,7 @@ def layer_boundary(hidden_states: torch.Tensor, residual: torch.Tensor | None, l
 def residual_point(hidden_states: torch.Tensor, residual: torch.Tensor | None, point: int) -> None:
     """Have the plan of this step edit the stream at a point that is not a layer's entrance."""
     plan = current.plan
-    if plan is not None and plan.watches_residual:
+    if plan is not None:
         plan.edit_residual(point, hidden_states, residual)
 
 
@@ -127,8 +127,12 @@ def _enter_layer(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int
 
 
 def _pass_point(hidden: torch.Tensor, residual: torch.Tensor | None, point: int) -> None:
-    if torch.compiler.is_compiling() or _watched():
+    if torch.compiler.is_compiling() or _edited(point):
         torch.ops.headway.residual_point(hidden, residual, point)
+
+
+def _edited(point: int) -> bool:
+    return current.plan is not None and current.plan.edits_at(point)
 
 
 def _watched() -> bool:

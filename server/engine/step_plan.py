@@ -135,6 +135,10 @@ class StepPlan(ABC):
         """Whether this step edits or observes the residual stream anywhere."""
 
     @abstractmethod
+    def edits_at(self, point: int) -> bool:
+        """Whether this step edits the residual stream at a point (see `num_points`)."""
+
+    @abstractmethod
     def edit_residual(
         self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
