@@ -83,46 +83,45 @@ class Edit:
     probe_bias: torch.Tensor | None = None
 
 
-class EditTable:
-    """Edits as `residual_edit.c` finds them; keeps their tensors alive."""
+class RowEdits:
+    """Which rows get which edits, as `residual_edit.c` finds them; keeps their tensors alive.
 
-    def __init__(self, edits: Sequence[Edit]) -> None:
-        self.edits = tuple(edits)
-        self.entries = (_Entry * len(self.edits))(*map(_entry, self.edits))
+    rows: int64 [num_rows], without repetition; which: int64 [num_rows], index of each row's edit
+    among `edits`. Made once for many steps, since preparing a call takes as long as the edit.
+    """
+
+    def __init__(self, rows: torch.Tensor, which: torch.Tensor, edits: Sequence[Edit]) -> None:
+        self.rows, self.which, self.edits = rows.contiguous(), which.contiguous(), tuple(edits)
+        self._entries = (_Entry * len(self.edits))(*map(_entry, self.edits))
+        self.call = _Call(
+            rows=self.rows.data_ptr(),
+            which=self.which.data_ptr(),
+            edits=ctypes.addressof(self._entries),
+            num_rows=len(self.rows),
+        )
 
 
 def residual_edit_(
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    which: torch.Tensor,
-    table: EditTable,
+    hidden_states: torch.Tensor, residual: torch.Tensor | None, edits: RowEdits
 ) -> None:
     """Apply to each of the given rows its edit, on CPU; no other row is touched.
 
     hidden_states: [num_tokens, hidden_size], edited in place; residual: the same or None, only
-    read. rows: int64 [num_rows], without repetition; which: int64 [num_rows], index of each row's
-    edit in the table. Arithmetic is float32, rounded once when hidden_states is written.
+    read. Arithmetic is float32, rounded once when hidden_states is written.
     """
     kernel = compiled_library("residual_edit")
-    streams = [hidden_states] if residual is None else [hidden_states, residual]
     known = hidden_states.dtype in (torch.float32, torch.bfloat16)
-    if kernel is None or not known or any(each.stride(-1) != 1 for each in streams):
-        for index, edit in enumerate(table.edits):
-            _edit_rows(hidden_states, residual, rows[which == index], edit)
+    dense = hidden_states.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
+    if kernel is None or not known or not dense:
+        for index, edit in enumerate(edits.edits):
+            _edit_rows(hidden_states, residual, edits.rows[edits.which == index], edit)
         return
-    call = _Call(
-        hidden_states.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        rows.data_ptr(),
-        which.data_ptr(),
-        ctypes.addressof(table.entries),
-        len(rows),
-        hidden_states.shape[1],
-        hidden_states.stride(0),
-        0 if residual is None else residual.stride(0),
-        hidden_states.dtype is torch.bfloat16,
-    )
+    call = edits.call
+    call.hidden, call.size = hidden_states.data_ptr(), hidden_states.shape[1]
+    call.hidden_stride = hidden_states.stride(0)
+    call.residual = None if residual is None else residual.data_ptr()
+    call.residual_stride = 0 if residual is None else residual.stride(0)
+    call.bf16 = hidden_states.dtype is torch.bfloat16
     kernel.headway_residual_edit(ctypes.byref(call))
 
 

@@ -58,13 +58,16 @@ def scope_ranges(scope: QueryScope, facts: PromptFacts) -> tuple[Range, ...]:
 
 def runs(scopes: Sequence[QueryScope], facts: PromptFacts, start: int, stop: int) -> list[Run]:
     """Cut [start, stop) where the set of active scopes changes."""
-    ranges = [scope_ranges(scope, facts) for scope in scopes]
-    edges = {edge for each in ranges for limits in each for edge in limits if start < edge < stop}
+    ranges = {scope: scope_ranges(scope, facts) for scope in scopes}
+    limits = [limits for each in ranges.values() for limits in each]
+    edges = {edge for each in limits for edge in each if start < edge < stop}
     cuts = [start, *sorted(edges), stop]
-    return [
-        Run(low, high, tuple(index for index, each in enumerate(ranges) if covers(each, low)))
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    found = []
+    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        covered = {scope for scope, each in ranges.items() if covers(each, low)}
+        active = tuple(index for index, scope in enumerate(scopes) if scope in covered)
+        found.append(Run(low, high, active))
+    return found
 
 
 def covers(ranges: Iterable[Range], position: int) -> bool:

@@ -239,7 +239,7 @@ class SteeringProgram:
             and self.saliency is None
         )
 
-    @property
+    @cached_property
     def scopes(self) -> tuple[QueryScope, ...]:
         """Of the head edits, then of the residual edits, then of the selection of heads."""
         scopes = [edit.scope for edit in self.head_edits]

@@ -6,9 +6,10 @@ apart, `residual` as arguments of their forward; of a layer `post_attention_laye
 the stream, whole or in two parts; `CompilationConfig.static_forward_context`, layer name ->
 attention module; `vllm.utils.torch_utils.direct_register_custom_op`.
 
-A forward pre-hook on these modules calls a custom op, which torch.compile keeps as it is. The op is
-declared to change hidden_states, so that the compiler can neither drop it nor move it past the
-module's first use of them.
+A forward pre-hook on these modules calls, where torch.compile traces it, a custom op, which the
+compiler keeps as it is, and else the function behind that op. The op is declared to change
+hidden_states, so that the compiler can neither drop it nor move it past the module's first use of
+them.
 """
 
 from __future__ import annotations
@@ -122,13 +123,17 @@ def install(
 
 def _enter_layer(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     # A compiler must not see the plan, or it would guard on it.
-    if torch.compiler.is_compiling() or _watched():
+    if torch.compiler.is_compiling():
         torch.ops.headway.layer_boundary(hidden, residual, layer)
+    elif _watched():
+        layer_boundary(hidden, residual, layer)
 
 
 def _pass_point(hidden: torch.Tensor, residual: torch.Tensor | None, point: int) -> None:
-    if torch.compiler.is_compiling() or _edited(point):
+    if torch.compiler.is_compiling():
         torch.ops.headway.residual_point(hidden, residual, point)
+    elif _edited(point):
+        residual_point(hidden, residual, point)
 
 
 def _edited(point: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from headway.kernels.residual_edit import EditTable, residual_edit_
+from headway.kernels.residual_edit import RowEdits, residual_edit_
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.step_plan import Span
 
@@ -24,16 +24,16 @@ class ResidualLayout:
         self.points = frozenset(np.flatnonzero(adds.any(axis=0)).tolist())
         self._adds = adds
         self._rows: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._calls: dict[int, tuple[torch.Tensor, torch.Tensor, EditTable]] = {}
+        self._edits: dict[int, RowEdits] = {}
 
     def edit(self, point: int, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Edit the rows of a point; hidden_states is changed."""
-        if point not in self._calls:
+        if point not in self._edits:
             parts = self._tables.parts
             edited = [span.slot for span in self._spans if point in parts[span.slot]]
-            table = EditTable([parts[slot][point].edit for slot in edited])
-            self._calls[point] = *self._rows_at(point), table
-        residual_edit_(hidden_states, residual, *self._calls[point])
+            edits = [parts[slot][point].edit for slot in edited]
+            self._edits[point] = RowEdits(*self._rows_at(point), edits)
+        residual_edit_(hidden_states, residual, self._edits[point])
 
     def alone(self, span: Span) -> ResidualLayout:
         """The layout of one of the spans."""

@@ -16,7 +16,7 @@ from headway.server.engine.slots import FORMS, ResidualPart
 from headway.steering import ModelGeometry
 from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadField, HeadWords, KeyTag
-from headway.steering.positions import PromptFacts
+from headway.steering.positions import PromptFacts, Run, runs
 from headway.steering.program import Readout, ResidualEdit, SteeringProgram
 from headway.steering.wire import decode_facts, decode_program
 
@@ -26,6 +26,7 @@ class SteeredRequest:
     """One sequence being steered.
 
     slots: set of active edits -> slot, tag_row: row of its tags; held while it is in the batch.
+    scopes_of: slot -> names of the scopes of its edits. output_edits: those at output positions.
     sink_layers: bool [num_layers], where its key classes ask for sinks. reads: whether masses of
     key classes are read for it.
     text: what its prompt gives without images, if heads are chosen by it or if this is the request
@@ -36,6 +37,8 @@ class SteeredRequest:
     program: SteeringProgram = field(default_factory=SteeringProgram)
     facts: PromptFacts = field(default_factory=lambda: PromptFacts(0))
     slots: dict[tuple[int, ...], int] = field(default_factory=dict)
+    scopes_of: dict[int, frozenset[str]] = field(default_factory=dict)
+    output_edits: tuple[int, ...] = ()
     tag_row: int | None = None
     has_tags: bool = False
     sink_layers: np.ndarray | None = None
@@ -70,6 +73,7 @@ class SteeredRequest:
         self.program = decode_program(payload, geometry)
         self.parts = [_part(edit, artifacts, geometry) for edit in self.program.residual_edits]
         self.facts = decode_facts(payload["facts"])
+        self.output_edits = self._runs(self.facts.prompt_len, self.facts.prompt_len + 1)[0].active
         words = [edit.words for edit in self.program.head_edits]
         if self.program.sink_rule is not None:
             self.sink_layers = np.zeros(geometry.num_layers, dtype=bool)
@@ -83,6 +87,21 @@ class SteeredRequest:
             or self.program.mentions(KeyTag.EMPHASISED)
             or (self.reads and bool(self.facts.image_tokens))
         )
+
+    def runs(self, start: int, stop: int) -> list[Run]:
+        """The positions [start, stop), cut where the set of its active edits changes."""
+        if start >= self.facts.prompt_len:
+            # No scope begins or ends behind the prompt, and this is asked in every decoding step.
+            return [Run(start, stop, self.output_edits)]
+        return self._runs(start, stop)
+
+    def _runs(self, start: int, stop: int) -> list[Run]:
+        return runs(self.program.scopes, self.facts, start, stop)
+
+    def take_slot(self, active: tuple[int, ...], slot: int) -> None:
+        """Note the slot of some of its edits."""
+        self.slots[active] = slot
+        self.scopes_of[slot] = frozenset(str(self.program.scopes[index]) for index in active)
 
     def take_text(self, payload: dict[str, Any], texts: dict[str, TextRows]) -> None:
         """Find what the prompt gives without images among `texts`, or make room for it there."""

@@ -28,7 +28,7 @@ from headway.server.engine.statistics import StepSeconds
 from headway.server.engine.steered_request import SteeredRequest
 from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
-from headway.steering.positions import Run, runs, scope_ranges
+from headway.steering.positions import Run, scope_ranges
 from headway.steering.program import Readout
 from headway.steering.vectors import given_artifacts
 
@@ -174,7 +174,7 @@ class SteeringState:
         items: list[Span | SinkRows] = [*plan.spans, *plan.sink_rows]
         for request_id, error in plan.failures.items():
             self._fail(request_id, "edit", error)
-        for item in items:
+        for item in () if plan.is_complete else items:
             if item.request_id not in plan.failures and (missed := plan.missed(item)):
                 message = f"an edit did not run on layers {missed}"
                 self._fail(item.request_id, "edit", RuntimeError(message))
@@ -185,8 +185,7 @@ class SteeringState:
                 report.positions_missed += count
                 continue
             report.positions_edited += count
-            active = next(key for key, slot in request.slots.items() if slot == span.slot)
-            for scope in {str(request.program.scopes[index]) for index in active}:
+            for scope in request.scopes_of[span.slot]:
                 report.by_scope[scope] = report.by_scope.get(scope, 0) + count
         for choice in plan.choices:
             if choice.request_id not in self._failed:
@@ -239,8 +238,7 @@ class SteeringState:
         facts, stop = request.facts, each.position + each.count
         own = each.request_id, each.start, each.position, each.count
         capture, choice = request.capture(*own), request.choice(*own, self.tables.layers)
-        scopes = request.program.scopes
-        pieces = [run for run in runs(scopes, facts, each.position, stop) if run.active]
+        pieces = [run for run in request.runs(each.position, stop) if run.active]
         spans, readings, mass_rows = [], [], step.mass_rows
         for run in pieces:
             slot = self._slot(request, run)
@@ -344,7 +342,8 @@ class SteeringState:
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
             words, parts = request.edits(run.active, self.geometry, self.tables.heads)
-            request.slots[run.active] = self.tables.acquire(words, parts, request.unchosen_layers)
+            slot = self.tables.acquire(words, parts, request.unchosen_layers)
+            request.take_slot(run.active, slot)
             self.planner.changed()
         return request.slots[run.active]
 
@@ -366,6 +365,7 @@ class SteeringState:
         for slot in request.slots.values():
             self.tables.release(slot)
         request.slots.clear()
+        request.scopes_of.clear()
         if request.tag_row is not None:
             self.tables.release_tags(request.tag_row)
             request.tag_row = None

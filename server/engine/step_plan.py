@@ -8,7 +8,7 @@ How a plan is carried out depends on the device: `cpu_plan.py`, `gpu_plan.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -199,16 +199,27 @@ class StepPlan(ABC):
     def collect(self) -> None:
         """Hand over what was read, after the forward pass."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that the spans and sink rows ask for ran, or was attempted."""
+        slots = [span.slot for span in self.spans]
+        return not any(
+            _missing(flags[slots].any(axis=0), done) for flags, done in self._wanted()
+        ) and not any(map(self.missed, self.sink_rows))
+
     def missed(self, item: Span | SinkRows) -> list[int]:
         """Layers, or points, at which something that a span, or sink rows, ask for did not run."""
         if isinstance(item, SinkRows):
             return _missing(item.layers, self.sinks_done)
-        tables, slot = self.tables, item.slot
         return [
-            *_missing(tables.affine[slot], self.affine_done),
-            *_missing(tables.attends[slot], self.attention_done),
-            *_missing(tables.adds[slot], self.residual_done),
+            place for flags, done in self._wanted() for place in _missing(flags[item.slot], done)
         ]
+
+    def _wanted(self) -> Iterator[tuple[np.ndarray, set[int]]]:
+        """Which slots want something where, and where that ran."""
+        yield self.tables.affine, self.affine_done
+        yield self.tables.attends, self.attention_done
+        yield self.tables.adds, self.residual_done
 
 
 def _missing(wanted: np.ndarray, done: set[int]) -> list[int]:

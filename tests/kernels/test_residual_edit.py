@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from headway.kernels import residual_edit
 from headway.kernels.residual_edit import (
     Edit,
-    EditTable,
     Form,
+    RowEdits,
     residual_edit_,
     residual_edit_reference,
 )
@@ -66,7 +66,7 @@ def test_equals_the_formula_and_leaves_other_rows_alone(how, dtype, has_residual
         which = torch.randint(len(kinds), (6,), generator=draw)
         edits = [drawn_edit(draw, clusters, form) for clusters, form in kinds]
         before = hidden.clone()
-        residual_edit_(hidden, residual, rows, which, EditTable(edits))
+        residual_edit_(hidden, residual, RowEdits(rows, which, edits))
         untouched = torch.ones(TOKENS, dtype=torch.bool)
         for row, index in zip(rows.tolist(), which.tolist(), strict=True):
             untouched[row] = False
@@ -85,7 +85,7 @@ def test_equals_the_formula_and_leaves_other_rows_alone(how, dtype, has_residual
 def test_a_row_of_zeros(how, form):
     """It has no rms to add in units of, and nothing to remove."""
     hidden, index = torch.zeros(1, 8), torch.tensor([0])
-    residual_edit_(hidden, None, index, index, EditTable([Edit(torch.ones(1, 8), 0.5, form)]))
+    residual_edit_(hidden, None, RowEdits(index, index, [Edit(torch.ones(1, 8), 0.5, form)]))
     assert (hidden == (0.5 if form is Form.ADD else 0.0)).all()
 
 
@@ -93,11 +93,11 @@ def test_removing_a_direction_leaves_nothing_of_it(how):
     draw = torch.Generator().manual_seed(3)
     hidden, direction = (torch.randn(1, HIDDEN, generator=draw) for _ in range(2))
     index = torch.tensor([0])
-    residual_edit_(hidden, None, index, index, EditTable([Edit(direction, 1.0, Form.REMOVE)]))
+    residual_edit_(hidden, None, RowEdits(index, index, [Edit(direction, 1.0, Form.REMOVE)]))
     assert abs(float((hidden @ direction.T).squeeze())) < 1e-4
     before = hidden.clone()
-    zero = EditTable([Edit(torch.zeros(1, HIDDEN), 1.0, Form.REMOVE)])
-    residual_edit_(hidden, None, index, index, zero)
+    zero = [Edit(torch.zeros(1, HIDDEN), 1.0, Form.REMOVE)]
+    residual_edit_(hidden, None, RowEdits(index, index, zero))
     assert torch.equal(hidden, before)
 
 
@@ -105,7 +105,7 @@ def test_a_row_that_cannot_be_compared_takes_the_first_direction(how):
     hidden = torch.full((2, HIDDEN), float("nan"))
     draw = torch.Generator().manual_seed(0)
     index = torch.tensor([0])
-    residual_edit_(hidden, None, index, index, EditTable([drawn_edit(draw, 3, Form.RMS)]))
+    residual_edit_(hidden, None, RowEdits(index, index, [drawn_edit(draw, 3, Form.RMS)]))
     assert hidden.isnan().all()
 
 
@@ -114,16 +114,17 @@ def test_a_row_depends_on_neither_the_others_nor_the_threads():
     size = 4096
     hidden = torch.randn(64, size, generator=draw)
     vectors = [torch.randn(5, size, generator=draw) for _ in range(2)]
-    table = EditTable([Edit(vectors[0], 0.3, Form.RMS, vectors[1], torch.zeros(5))])
+    table = [Edit(vectors[0], 0.3, Form.RMS, vectors[1], torch.zeros(5))]
     together, rows = hidden.clone(), torch.arange(64)
     with threads(2):
-        residual_edit_(together, None, rows, torch.zeros_like(rows), table)
+        residual_edit_(together, None, RowEdits(rows, torch.zeros_like(rows), table))
     alone, index = hidden.clone(), torch.tensor([17])
     with threads(1):
-        residual_edit_(alone, None, index, torch.tensor([0]), table)
+        residual_edit_(alone, None, RowEdits(index, torch.tensor([0]), table))
     assert torch.equal(together[17], alone[17])
 
 
 def test_vectors_must_be_contiguous():
     with pytest.raises(ValueError, match="contiguous"):
-        EditTable([Edit(torch.randn(8, 2).T, 1.0)])
+        index = torch.tensor([0])
+        RowEdits(index, index, [Edit(torch.randn(8, 2).T, 1.0)])
