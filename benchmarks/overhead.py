@@ -33,13 +33,20 @@ from headway.benchmarks.environment import (
     has_native_bfloat16,
     interpreter_refusal,
 )
-from headway.benchmarks.scenarios import Comparison, Scenario, available, selected
+from headway.benchmarks.scenarios import (
+    QUICK,
+    Comparison,
+    Scenario,
+    available,
+    needed_by,
+    selected,
+)
 from headway.benchmarks.statistics import paired_ratio, rounds_option, spread, verdict
 
 NAME = "headway bench overhead"
-QUICK_ROUNDS = 7
+QUICK_ROUNDS = 4
 PROMPT_TOKENS = 350
-QUICK_PROMPT_TOKENS = 64
+QUICK_PROMPT_TOKENS, QUICK_OUTPUT_TOKENS = 64, 32
 """Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -82,7 +89,11 @@ def main(argv: Sequence[str]) -> int:
         scenarios, comparisons = available(on_cuda)
         if args.only:
             scenarios, comparisons = selected(scenarios, comparisons, args.only)
-        scenarios = sized(scenarios, args.dtype, prompt_tokens, enforce_eager=not on_cuda)
+        elif args.quick:
+            comparisons = tuple(each for each in comparisons if each.name in QUICK)
+            scenarios = needed_by(comparisons, scenarios)
+        most = QUICK_OUTPUT_TOKENS if args.quick else None
+        scenarios = sized(scenarios, args.dtype, prompt_tokens, not on_cuda, most)
         verified, measurement = measure(scenarios, model, rounds, args.seed, on_cuda)
     except (EngineError, OSError, ValueError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
@@ -116,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog=NAME, description="Measure what Headway costs in tokens/s."
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, short prompts"
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_ROUNDS} rounds of short requests, one comparison of every kind",
     )
     parser.add_argument(
         "--only", metavar="TEXT", help="the comparisons with this in their name, such as G-ACT"
@@ -137,10 +150,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def sized(
-    scenarios: Sequence[Scenario], dtype: str, prompt_tokens: int, enforce_eager: bool
+    scenarios: Sequence[Scenario],
+    dtype: str,
+    prompt_tokens: int,
+    enforce_eager: bool,
+    most_output_tokens: int | None = None,
 ) -> tuple[Scenario, ...]:
     """The scenarios in a dtype, eager or with CUDA graphs, with prompts of this length where they
-    say nothing of it.
+    say nothing of it, and at most so many output tokens a request.
     """
     return tuple(
         replace(
@@ -148,6 +165,7 @@ def sized(
             dtype=dtype,
             enforce_eager=enforce_eager,
             prompt_tokens=scenario.prompt_tokens or prompt_tokens,
+            output_tokens=min(scenario.output_tokens, most_output_tokens or scenario.output_tokens),
         )
         for scenario in scenarios
     )

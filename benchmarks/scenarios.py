@@ -209,6 +209,15 @@ COMPARISONS = (
     ),
 )
 
+QUICK = (
+    "Headway idle / stock vLLM",
+    "affine on every request / idle",
+    "G-ACT at all layers / idle",
+    "LocoRE / idle, context 512",
+    "VAR's edit / idle, context 512",
+)
+"""The comparisons of a quick run: one of every kind of edit."""
+
 
 def available(on_cuda: bool) -> tuple[tuple[Scenario, ...], tuple[Comparison, ...]]:
     """The scenarios that run on CPU, or on a CUDA device, and the comparisons between them."""
@@ -228,5 +237,12 @@ def selected(
     if not chosen:
         names = "; ".join(each.name for each in comparisons)
         raise ValueError(f'no comparison has "{text}" in its name; they are: {names}')
-    needed = {name for each in chosen for name in (each.scenario, each.baseline)}
-    return tuple(each for each in scenarios if each.name in needed), chosen
+    return needed_by(chosen, scenarios), chosen
+
+
+def needed_by(
+    comparisons: Sequence[Comparison], scenarios: Sequence[Scenario]
+) -> tuple[Scenario, ...]:
+    """The scenarios that some comparisons are between."""
+    needed = {name for each in comparisons for name in (each.scenario, each.baseline)}
+    return tuple(each for each in scenarios if each.name in needed)

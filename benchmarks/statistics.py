@@ -26,7 +26,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Ratio:
-    """The geometric mean or the median of per-round ratios, and its 95 % bootstrap interval."""
+    """A mean or median over rounds, mostly of ratios, and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -47,6 +47,19 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int =
 def paired_median(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
     """`paired_ratio` with the median: for single short times, of which a few are far out."""
     return _paired(values, baseline, seed, np.median)
+
+
+def bootstrap_median(values: Sequence[float], seed: int = 0) -> Ratio:
+    """The median of measurements that are no ratios, and its interval as of `paired_median`.
+
+    Raises ValueError for fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"need two rounds or more, got {len(values)}")
+    array = np.asarray(values, float)
+    drawn = np.median(np.random.default_rng(seed).choice(array, (RESAMPLES, len(array))), axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Ratio(float(np.median(array)), float(low), float(high), len(array))
 
 
 def _paired(

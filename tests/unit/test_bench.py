@@ -387,3 +387,12 @@ def test_some_of_the_comparisons() -> None:
     }
     with pytest.raises(ValueError, match='no comparison has "x-y".*affine on every request'):
         scenarios_module.selected(SCENARIOS, COMPARISONS, "x-y")
+
+
+def test_a_quick_run_has_one_comparison_of_every_kind(engines: type[FakeEngine], tmp_path: Path):
+    result = run(tmp_path / "quick.json", "--quick")
+    assert [row["name"] for row in result["comparisons"]] == list(scenarios_module.QUICK)
+    assert all(row["output_tokens"] <= 32 for row in result["scenarios"])
+    assert {row["name"] for row in result["scenarios"]} == {
+        row[side] for row in result["comparisons"] for side in ("scenario", "baseline")
+    }

@@ -1,0 +1,102 @@
+"""`headway bench profile-loading` against a small server that streams and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from headway.benchmarks import profile_loading
+from headway.benchmarks.profile_loading import Measurement, Stream, Use, drawn, report, table
+from headway.benchmarks.quality.client import EndpointError, UnsteeredAnswer
+from headway.benchmarks.statistics import bootstrap_median
+from tests.engine.harness import GEOMETRY
+
+pytestmark = pytest.mark.unit
+
+STEP = 0.02
+
+
+def served(loading: float = 0.0, steering: object = None, status: int = 200):
+    """An endpoint whose stream has a token every `STEP` seconds and stops while one loads."""
+    state = {"loading": loading}
+
+    class Tokens(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            while True:
+                await asyncio.sleep(STEP)
+                yield b'data: {"choices": [{"text": "a"}]}\n\n'
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if body.get("stream"):
+            return httpx.Response(status, stream=Tokens())
+        time.sleep(state.pop("loading", 0.0))  # as a worker that is busy: nobody gets a token
+        await asyncio.sleep(STEP)
+        return httpx.Response(200, json={"steering": steering})
+
+    return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test")
+
+
+async def used(times: int, **server) -> list[Use]:
+    async with served(**server) as http:
+        stream = Stream(http, "m")
+        try:
+            return [await profile_loading._use(http, "m", "p@1", stream) for _ in range(times)]
+        finally:
+            await stream.close()
+
+
+async def test_the_first_use_is_later_by_the_time_of_loading_and_stalls_the_stream():
+    first, second = await used(2, loading=0.3, steering={"methods": [{"profile": "p@1"}]})
+    measured = Measurement([1.0], [first], [second])
+    assert measured.loading()[0] == pytest.approx(0.3, abs=0.15)
+    assert second.step == pytest.approx(STEP, abs=0.5 * STEP)
+    assert measured.stalls()[0] == pytest.approx(0.3 / STEP, rel=0.5)
+
+
+@pytest.mark.parametrize("steering", [None, {"methods": [{"profile": "p@2"}]}])
+async def test_an_answer_that_another_profile_steered_ends_the_run(steering):
+    with pytest.raises(UnsteeredAnswer, match=r"p@1"):
+        await used(1, steering=steering)
+
+
+async def test_a_stream_that_is_refused_ends_the_run():
+    with pytest.raises(EndpointError, match="HTTP 500"):
+        await used(1, status=500)
+
+
+def uses(*seconds: float) -> list[Use]:
+    return [Use(each, pause=each, step=0.1) for each in seconds]
+
+
+def test_report_and_table_say_which_bars_hold():
+    measured = Measurement([0.5] * 5, uses(0.4, 0.5, 0.45, 0.4, 0.42), uses(*[0.1] * 5))
+    result = report(measured)
+    loading, stall, upload = result["comparisons"]
+    assert loading["value"] == pytest.approx(0.32) and loading["verdict"] == "fails"
+    assert stall["value"] == pytest.approx(3.2) and stall["verdict"] == "fails"
+    assert stall["largest"] == pytest.approx(4.0)
+    assert upload["bar"] is None and upload["verdict"] is None
+    quick = report(Measurement([0.5] * 5, uses(*[0.12] * 5), uses(*[0.1] * 5)))
+    assert [row["verdict"] for row in quick["comparisons"][:2]] == ["holds", "holds"]
+    assert "loading, on first use, s" in table(result) and "fails" in table(result)
+    json.dumps(result)
+
+
+def test_every_round_has_other_vectors_of_the_size_that_the_bar_is_for():
+    one, other = drawn(GEOMETRY, 1), drawn(GEOMETRY, 2)
+    shape = GEOMETRY.num_layers, 4, GEOMETRY.hidden_size
+    assert one.tensors["directions"].shape == shape
+    assert not np.array_equal(one.tensors["directions"], other.tensors["directions"])
+
+
+def test_a_median_needs_two_values_and_lies_in_its_interval():
+    with pytest.raises(ValueError, match="two rounds"):
+        bootstrap_median([1.0])
+    found = bootstrap_median([1.0, 2.0, 9.0])
+    assert found.low <= found.value == 2.0 <= found.high
