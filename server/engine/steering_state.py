@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 
 from headway.server.engine.artifact_shelf import RESIDENT, ArtifactShelf
-from headway.server.engine.head_choice import Choice, TextRows, heads_of
+from headway.server.engine.head_choice import Choice, TextRows
+from headway.server.engine.kept_reports import KeptReports
 from headway.server.engine.probe_readings import ProbeReadings, ProbeRow
 from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
@@ -33,9 +33,6 @@ from headway.steering.program import Readout
 from headway.steering.vectors import given_artifacts
 
 logger = logging.getLogger(__name__)
-
-MAX_REPORTS = 4096
-"""Reports kept for requests whose front end never asked for them (a client that went away)."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,11 @@ class SteeringState:
         self.planner = planner
         self.tables = planner.tables
         self.requests: dict[str, SteeredRequest] = {}
-        self.reports: OrderedDict[str, EngineReport] = OrderedDict()
-        self.readings: dict[str, RequestReadings] = {}
-        self.probes: dict[str, ProbeReadings] = {}
         self.artifacts = ArtifactShelf(self.tables.max_clusters)
         self.artifacts.load(list(given_artifacts(geometry).values()), RESIDENT)
         self.texts: dict[str, TextRows] = {}
-        self.chosen: dict[str, dict[int, torch.Tensor]] = {}
         self.gates = Gates()
+        self.reports = KeptReports(planner, self.gates)
         self.tape: SaliencyTape | None = None
         self.no_saliency = ""
         self.step_seconds = StepSeconds()
@@ -83,7 +77,7 @@ class SteeringState:
         else:
             self.remove([request_id])
             request = SteeredRequest(str(payload.get("report_id") or request_id))
-            self._report(request).sequences += 1
+            self.reports.of(request.report_id).sequences += 1
             self.requests[request_id] = request
         with self.guard("decode", [request_id]):
             # One that comes back goes on with the artefacts that it had.
@@ -155,7 +149,8 @@ class SteeringState:
             self._release(self.requests[request_id])
         step = Scheduled(len(request_ids), start, rotary_positions=rotary_positions)
         for each in scheduled:
-            self._report(self.requests[each.request_id]).positions_computed += each.count
+            report = self.reports.of(self.requests[each.request_id].report_id)
+            report.positions_computed += each.count
             with self.guard("slot", [each.request_id]):
                 if each.request_id not in self._failed:
                     self._plan_request(each, step)
@@ -180,7 +175,7 @@ class SteeringState:
                 self._fail(item.request_id, "edit", RuntimeError(message))
         for span in plan.spans:
             request = self.requests[span.request_id]
-            report, count = self._report(request), span.stop - span.start
+            report, count = self.reports.of(request.report_id), span.stop - span.start
             if span.request_id in self._failed:
                 report.positions_missed += count
                 continue
@@ -206,19 +201,7 @@ class SteeringState:
 
     def pop_report(self, report_id: str) -> EngineReport | None:
         """The report of a request, forgotten by asking for it."""
-        report = self.reports.pop(report_id, None)
-        readings = self.readings.pop(report_id, None)
-        if report is not None and readings is not None:
-            report.readings = readings.as_dict(self.tables.heads)
-        if report is not None:
-            report.saliency = self.gates.pop_report(report_id)
-        probes = self.probes.pop(report_id, None)
-        if report is not None and probes is not None:
-            report.probes = probes.as_list()
-        scales = self.chosen.pop(report_id, None)
-        if report is not None and scales is not None:
-            report.heads = heads_of(scales, self.tables.heads)
-        return report
+        return self.reports.take(report_id)
 
     @contextmanager
     def guard(self, stage: str, request_ids: Iterable[str] | None = None) -> Iterator[None]:
@@ -289,7 +272,7 @@ class SteeringState:
         for span in spans:
             if span.start <= row < span.stop:
                 made = ProbeReadings(each.request_id)
-                kept = self.probes.setdefault(request.report_id, made)
+                kept = self.reports.probes.setdefault(request.report_id, made)
                 if kept.request_id == each.request_id:
                     yield ProbeRow(each.request_id, row, span.slot, kept)
 
@@ -337,7 +320,7 @@ class SteeringState:
         """The heads of a request are chosen once."""
         request = self.requests[choice.request_id]
         with self.guard("edit", [choice.request_id]):
-            request.chosen = self.chosen[request.report_id] = choice.result()
+            request.chosen = self.reports.chosen[request.report_id] = choice.result()
 
     def _slot(self, request: SteeredRequest, run: Run) -> int:
         if run.active not in request.slots:
@@ -357,7 +340,7 @@ class SteeringState:
 
     def _readings(self, request: SteeredRequest) -> RequestReadings:
         wants = Readout.CLASS_MASSES in request.program.readouts
-        return self.readings.setdefault(request.report_id, RequestReadings(wants))
+        return self.reports.readings.setdefault(request.report_id, RequestReadings(wants))
 
     def _release(self, request: SteeredRequest) -> None:
         if not request.slots and request.tag_row is None:
@@ -369,24 +352,12 @@ class SteeringState:
         if request.tag_row is not None:
             self.tables.release_tags(request.tag_row)
             request.tag_row = None
-        if request.reads and request.report_id in self.readings:
-            self.planner.release(self.readings[request.report_id])
+        if request.reads and request.report_id in self.reports.readings:
+            self.planner.release(self.reports.readings[request.report_id])
         self.planner.changed()
 
-    def _report(self, request: SteeredRequest) -> EngineReport:
-        report = self.reports.setdefault(request.report_id, EngineReport())
-        while len(self.reports) > MAX_REPORTS:
-            forgotten, _ = self.reports.popitem(last=False)
-            self.chosen.pop(forgotten, None)
-            self.probes.pop(forgotten, None)
-            self.gates.pop_report(forgotten)
-            readings = self.readings.pop(forgotten, None)
-            if readings is not None:
-                self.planner.release(readings)
-        return report
-
     def _fail(self, request_id: str, stage: str, error: Exception) -> None:
-        report = self._report(self.requests[request_id])
+        report = self.reports.of(self.requests[request_id].report_id)
         if report.failed_stage is None:
             report.failed_stage = stage
             report.failure = f"{type(error).__name__}: {error}"

@@ -101,7 +101,7 @@ def test_rows_equal_the_oracle(
     loaded.forget_cache()
     several = jobs(prompts)
     loaded.run(several, **schedule)
-    kept = loaded.runner.steering.probes
+    kept = loaded.runner.steering.reports.probes
     asking = several[: len(ASKS)]
     assert {job.request.report_id for job in asking if job.request} <= set(kept)
     for job in asking:

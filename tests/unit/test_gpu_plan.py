@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from headway.server.engine import gpu_buffers, gpu_plan, gpu_readings, steering_state
+from headway.server.engine import gpu_buffers, gpu_plan, gpu_readings, kept_reports
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
 from headway.server.engine.gpu_tables import GpuTables
 from headway.server.engine.steering_state import SteeringState
@@ -321,7 +321,7 @@ def test_readings_that_nobody_asks_for_leave_the_device(monkeypatch):
     assert plan is not None
     worker.run(plan)
     worker.state.close_step(plan)
-    kept = [worker.state.readings[name] for name in "ab"]
+    kept = [worker.state.reports.readings[name] for name in "ab"]
     worker.state.remove(["a", "b"])
     assert not kept[0].parts and kept[0].last is not None
     assert kept[1].parts and kept[1].last is None
@@ -342,7 +342,7 @@ def test_a_request_without_room_for_its_readings_fails_alone():
 
 
 def test_a_report_that_is_forgotten_gives_its_readings_back(monkeypatch):
-    monkeypatch.setattr(steering_state, "MAX_REPORTS", 1)
+    monkeypatch.setattr(kept_reports, "MAX_REPORTS", 1)
     worker = Worker()
     free = len(worker.planner.readings._free)
     worker.state.add("a", payload("a", VAR))

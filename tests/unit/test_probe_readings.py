@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from headway.server.engine import steering_state
+from headway.server.engine import kept_reports
 from headway.server.engine.client import engine_report
 from headway.server.engine.cpu_plan import CpuPlanner
 from headway.server.engine.report import EngineReport
@@ -116,7 +116,7 @@ def test_the_row_is_kept_as_the_probe_reads_it(dtype: torch.dtype, parts: int) -
         check(state.pop_report(name), name, dtype)
     report = state.pop_report("b")
     assert report is not None and report.is_complete and report.probes == []
-    assert state.probes == {}
+    assert state.reports.probes == {}
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_nothing_is_planned_for_who_does_not_ask(methods: list[dict[str, Any]]) 
     state.add("a", payload("a", *methods))
     plan = state.plan_step(["a"], [5], [0])
     assert plan is None or plan.probe_rows == ()  # type: ignore[attr-defined]
-    assert state.probes == {}
+    assert state.reports.probes == {}
 
 
 def test_prompts_may_come_in_chunks_and_again() -> None:
     state = new_state()
     state.add("a", payload("a"))
     run_step(state, {"a": (0, 2)})
-    assert state.probes == {}
+    assert state.reports.probes == {}
     run_step(state, {"a": (2, 4)})
     run_step(state, {"a": (4, 5)})
     run_step(state, {"a": (5, 6)})
@@ -166,13 +166,13 @@ def test_of_several_sequences_the_first_counts() -> None:
 
 
 def test_what_nobody_asks_for_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steering_state, "MAX_REPORTS", 1)
+    monkeypatch.setattr(kept_reports, "MAX_REPORTS", 1)
     state = new_state()
     for name in "ab":
         state.add(name, payload(name))
         run_step(state, {name: (0, 5)})
         state.remove([name])
-    assert list(state.probes) == list(state.reports) == ["b"]
+    assert list(state.reports.probes) == list(state.reports) == ["b"]
 
 
 def test_ranks_tell_their_own_points_and_engines_the_first() -> None:
