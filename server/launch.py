@@ -1,4 +1,4 @@
-"""Starts `headway serve` as a process of its own, for the demo and for benchmarks."""
+"""Starts a server as a process of its own, `headway serve` for the demo and for benchmarks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,30 @@ class LaunchError(RuntimeError):
     """The server did not start, or did not end as it should."""
 
 
+@dataclass(frozen=True)
+class Program:
+    """What serves a model.
+
+    command: a module to run, and what comes before the model. ready: the path that answers 200
+    once it is up. environment: variables that win over the caller's.
+    """
+
+    command: Sequence[str]
+    ready: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+HEADWAY = Program(("headway.server.cli", "serve"), "/v1/steering/capabilities")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
 def serve(
     model: Path,
@@ -30,14 +55,28 @@ def serve(
     log: Path,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """A Headway server of `model` on a free port; yields its URL once it answers, and ends it.
+    """A Headway server of `model`; yields its URL. See `running`."""
+    with running(HEADWAY, model, flags, folder, log, settings) as server:
+        yield server.url
+
+
+@contextmanager
+def running(
+    program: Program,
+    model: Path,
+    flags: Sequence[str],
+    folder: Path,
+    log: Path,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
+    """A server of `model` on a free port; yields once it answers, and ends it.
 
     folder: where it runs; log: the file for its output; settings: environment variables, where
     the caller's own environment does not set them. Raises LaunchError if it does not start, or
     does not end by itself with exit code 0.
     """
     port = free_port()
-    command = [sys.executable, "-P", "-m", "headway.server.cli", "serve", str(model), *flags]
+    command = [sys.executable, "-P", "-m", *program.command, str(model), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -46,6 +85,7 @@ def serve(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         **(settings or {}),
         **os.environ,
+        **program.environment,
     }
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -53,8 +93,8 @@ def serve(
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until_ready(process, url)
-        yield url
+        wait_until_ready(process, url + program.ready)
+        yield Running(url, process.pid)
     finally:
         process.terminate()
         try:
@@ -67,14 +107,14 @@ def serve(
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Return once the server answers its capabilities. Raises LaunchError."""
+    """Return once the server answers a URL with 200. Raises LaunchError."""
     deadline = time.monotonic() + START_SECONDS
     with tqdm(bar_format="{elapsed}", leave=False, disable=None) as progress:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise LaunchError(f"the server ended at its start, exit code {process.returncode}")
             try:
-                if httpx.get(f"{url}/v1/steering/capabilities").status_code == 200:
+                if httpx.get(url).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
