@@ -69,8 +69,10 @@ format: setup-dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-quick: setup-dev ## the cost of steering, in a few minutes
+bench-quick: setup-dev ## the cost of steering, in a few minutes, and a report of it
 	$(BIN)/headway bench overhead --quick
+	$(BIN)/headway bench serve --quick
+	$(BIN)/headway bench report
 
 clean: ## remove build products and caches; .venv and prepared models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,12 @@ BENCHMARKS = {
     "quality": "what steering does to answers: hallucinated objects (POPE, CHAIR), perplexity",
     "head-selection": "time to first token and tokens/s where VHR chooses heads by the prompt",
     "sgrs": "time per output token with SGRS: to unsteered requests, and to SGRS as published",
+    "serve": "latencies, tokens/s and memory of a steering server over HTTP, and of stock vLLM",
+    "profile-loading": "how long a new vector profile loads, and whom that stalls",
+    "peers": "tokens/s of the same steering on transformers and other libraries, side by side",
     "vectors": "what a vector profile does to answers: language of code, form, perplexity",
+    "report": "one report of what the benchmarks found: tables and plots, as a page and Markdown",
+    "compare": "what changed between two such reports, or two of one benchmark",
 }
 """Name -> one line of help."""
 

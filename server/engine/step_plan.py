@@ -203,9 +203,10 @@ class StepPlan(ABC):
     def is_complete(self) -> bool:
         """Whether everything that the spans and sink rows ask for ran, or was attempted."""
         slots = [span.slot for span in self.spans]
-        return not any(
-            _missing(flags[slots].any(axis=0), done) for flags, done in self._wanted()
-        ) and not any(map(self.missed, self.sink_rows))
+        for flags, done in self._wanted():
+            if _missing(np.logical_or.reduce(flags[slots]), done):
+                return False
+        return not any(self.missed(each) for each in self.sink_rows)
 
     def missed(self, item: Span | SinkRows) -> list[int]:
         """Layers, or points, at which something that a span, or sink rows, ask for did not run."""
