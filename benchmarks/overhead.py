@@ -266,8 +266,7 @@ def report(
         "idle_engines_cpu_share": measurement.idle_share,
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": _cache_warnings(scenarios, measurement)
-        if on_cuda
-        else cpu_warnings(measurement.foreign_share, measurement.idle_share),
+        + ([] if on_cuda else cpu_warnings(measurement.foreign_share, measurement.idle_share)),
         "engine_settings": settings(on_cuda),
         "environment": facts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -323,7 +322,7 @@ def _compare(comparison: Comparison, measurement: Measurement) -> dict[str, Any]
 
 
 def _cache_warnings(scenarios: Sequence[Scenario], measurement: Measurement) -> list[str]:
-    """On a device a model may be so large that its share of memory keeps few prompts."""
+    """The KV cache may be so small, or the model so large, that it keeps few prompts."""
     recomputed = [
         each.name
         for each in scenarios

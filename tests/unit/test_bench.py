@@ -366,6 +366,33 @@ def test_a_run_says_how_much_of_the_prompts_was_cached(load: Callable[..., worke
     assert (result["tokens"], result["prompts_cached"]) == (16 * 64, 0.5)
 
 
+def test_cached_prompts_are_served_once_before_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Params(SimpleNamespace):
+        def clone(self) -> Params:
+            return Params(**vars(self))
+
+    asked: list[tuple[list[dict[str, Any]], int]] = []
+
+    class Llm(FakeLlm):
+        def generate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
+            asked.append((prompts, params.max_tokens))
+            self.tokens = params.max_tokens
+            return super().generate(prompts)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=Params))
+    scenarios = overhead.sized(SCENARIOS, "float32", 64, enforce_eager=True)
+    (cached,) = [each for each in scenarios if each.name == "idle, context 512"]
+    (idle,) = [each for each in scenarios if each.name == "idle"]
+    assert worker.Load(cached, Llm(0, "NONE")).run()["tokens"] == 16 * 32
+    (first, one), (second, full) = asked
+    assert first == second and (one, full) == (1, 32)
+    asked.clear()
+    worker.Load(idle, Llm(0, "NONE")).run()
+    assert [tokens for _, tokens in asked] == [64]
+
+
 def test_an_output_that_ends_early_is_no_measurement(load: Callable[..., worker.Load]) -> None:
     with pytest.raises(RuntimeError, match="only 1008 tokens"):
         load(tokens=63).run()
