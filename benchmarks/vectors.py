@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from headway.benchmarks.environment import environment
+from headway.benchmarks.engine import settings
+from headway.benchmarks.environment import cuda_device, environment
 from headway.benchmarks.overhead import default_model, output_file, save
 from headway.benchmarks.quality.coding import held_out_prompts
 from headway.benchmarks.quality.intervals import difference, draws, interval, ratio
@@ -137,6 +139,9 @@ def serve(
     dtype: str,
 ) -> tuple[dict[str, list[str]], dict[str, float]]:
     """The answers of every arm by its name, and its perplexity of neutral text."""
+    # The engine lives in this process: one of its own outlived the run, and the run waited for it.
+    for name, value in settings(cuda_device() is not None).items():
+        os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
 
     from headway.steering import sampling_params
@@ -217,7 +222,7 @@ def report(
             gained = difference(ratio(hits[arm.name], ones), baseline, weights)
             row["target_share_gained"] = asdict(gained)
         rows.append(row)
-    return {"target": target, "prompts": count, "arms": rows}
+    return {"benchmark": "vectors", "target": target, "prompts": count, "arms": rows}
 
 
 def table(result: dict[str, Any]) -> str:

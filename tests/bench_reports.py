@@ -163,7 +163,7 @@ def vectors_report() -> dict[str, Any]:
     answers = {arm.name: [cpp if arm.profile == "profile" else python] * 20 for arm in arms}
     result = vectors.report(arms, answers, {arm.name: 20.0 for arm in arms}, "C++")
     facts = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "answers": answers}
-    return {"benchmark": "vectors", **result, **facts, "environment": environment()}
+    return {**result, **facts, "environment": environment()}
 
 
 def profile_loading_report() -> dict[str, Any]:
