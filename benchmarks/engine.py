@@ -53,6 +53,17 @@ class EngineError(RuntimeError):
     """An engine process ended or answered nonsense."""
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that reads lines until its stdin is closed; by force after 20 seconds."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Engine:
     """The process of scenarios that share one. Start it, wait until `ready`, `run`, `close`.
 
@@ -95,13 +106,7 @@ class Engine:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None

@@ -32,17 +32,17 @@ from headway.benchmarks.engine import SERVER_SETTINGS
 from headway.benchmarks.environment import environment, has_native_bfloat16, interpreter_refusal
 from headway.benchmarks.overhead import default_model, output_file, save
 from headway.benchmarks.quality.client import TIMEOUT_SECONDS, EndpointError, UnsteeredAnswer
+from headway.benchmarks.serve_matrix import drawn_profile
 from headway.benchmarks.statistics import bootstrap_median, rounds_option, verdict
 from headway.server.commands.model import quiet_stdout, read_model, steerable_geometry
 from headway.server.commands.remote import RemoteError, Server
 from headway.server.http.admin import KEY_VARIABLE
 from headway.server.launch import LaunchError, serve
 from headway.steering import ModelGeometry
-from headway.steering.vectors import VectorHeader, VectorProfile
+from headway.steering.vectors import VectorProfile
 
 NAME = "headway bench profile-loading"
 ROUNDS = 20
-CLUSTERS = 4
 PROMPT = "The lighthouse keeper climbed the stairs and"
 STREAM_TOKENS = 1800
 PROFILE_NAME = "bench-loading"
@@ -132,19 +132,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def drawn(geometry: ModelGeometry, seed: int) -> VectorProfile:
-    """A profile of drawn directions and probes in every layer."""
-    shape = geometry.num_layers, CLUSTERS, geometry.hidden_size
-    draw = np.random.default_rng(seed)
-    directions, weights = draw.standard_normal((2, *shape)).astype(np.float32)
-    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    layers = tuple(range(geometry.num_layers))
-    header = VectorHeader.of(geometry, kind="gact", layers=layers, strength=0.1)
-    bias = np.zeros(shape[:2], np.float32)
-    tensors = {"directions": directions, "probe_weights": weights, "probe_bias": bias}
-    return VectorProfile(header, tensors)
-
-
 async def measure(
     url: str, model: str, geometry: ModelGeometry, key: str, rounds: int, seed: int
 ) -> Measurement:
@@ -157,7 +144,7 @@ async def measure(
             await stream.steps(8)
             # The first round also warms the code up and is not kept.
             for index in tqdm(range(-1, rounds), desc="measuring", unit="round", leave=False):
-                profile = drawn(geometry, seed + index + 1)
+                profile = drawn_profile(geometry, seed + index + 1, geometry.num_layers)
                 started = time.perf_counter()
                 version = await asyncio.to_thread(_put, admin, profile)
                 uploaded = time.perf_counter() - started

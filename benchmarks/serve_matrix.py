@@ -234,13 +234,13 @@ def profile_name(index: int) -> str:
     return f"drawn-{index}"
 
 
-def drawn_profile(geometry: ModelGeometry, index: int) -> VectorProfile:
-    """A G-ACT profile of four layers with drawn directions and probes.
+def drawn_profile(geometry: ModelGeometry, index: int, num_layers: int = 4) -> VectorProfile:
+    """A G-ACT profile of so many layers, spread evenly, with drawn directions and probes.
 
     So weak that what is generated stays within what the model knows.
     """
     draw = np.random.default_rng(index)
-    layers = sorted(set(np.linspace(0, geometry.num_layers - 1, 4).astype(int).tolist()))
+    layers = sorted(set(np.linspace(0, geometry.num_layers - 1, num_layers).astype(int).tolist()))
     shape = len(layers), CLUSTERS, geometry.hidden_size
     directions, weights = draw.standard_normal((2, *shape)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)

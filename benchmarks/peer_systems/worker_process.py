@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.benchmarks.engine import end
 from headway.benchmarks.peer_systems.protocol import START, Answer, Peer, Request
 
 PACKAGE = Path(__file__).resolve().parent
@@ -56,13 +57,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None

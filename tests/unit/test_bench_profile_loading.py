@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from headway.benchmarks import profile_loading
-from headway.benchmarks.profile_loading import Measurement, Stream, Use, drawn, report, table
+from headway.benchmarks.profile_loading import Measurement, Stream, Use, report, table
 from headway.benchmarks.quality.client import EndpointError, UnsteeredAnswer
+from headway.benchmarks.serve_matrix import drawn_profile
 from headway.benchmarks.statistics import bootstrap_median
 from tests.engine.harness import GEOMETRY
 
@@ -89,7 +90,7 @@ def test_report_and_table_say_which_bars_hold():
 
 
 def test_every_round_has_other_vectors_of_the_size_that_the_bar_is_for():
-    one, other = drawn(GEOMETRY, 1), drawn(GEOMETRY, 2)
+    one, other = (drawn_profile(GEOMETRY, each, GEOMETRY.num_layers) for each in (1, 2))
     shape = GEOMETRY.num_layers, 4, GEOMETRY.hidden_size
     assert one.tensors["directions"].shape == shape
     assert not np.array_equal(one.tensors["directions"], other.tensors["directions"])
