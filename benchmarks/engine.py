@@ -24,7 +24,17 @@ SETTINGS = {
 }
 """Environment of every engine."""
 
+KEEP_MEMORY = {
+    # glibc's malloc gives large pieces back to the system until the process has freed one as large;
+    # from then on it keeps them. Prompts cost 8 % less CPU time after that, so that an engine with
+    # more behind it would pass for the faster one.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+}
+"""Environment of every process that is measured on CPU."""
+
 CPU_SETTINGS = {
+    **KEEP_MEMORY,
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
     # Set by hand, or vLLM would decide it by what else it finds in the process.
@@ -33,6 +43,7 @@ CPU_SETTINGS = {
 """The same of an engine on CPU."""
 
 SERVER_SETTINGS = {
+    **KEEP_MEMORY,
     # No core for the HTTP server alone: it has little to do, and two cores are common.
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
