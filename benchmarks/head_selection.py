@@ -40,11 +40,11 @@ from headway.benchmarks.image_questions import (
     ImageEngine,
     Timing,
 )
+from headway.benchmarks.options import rounds_option
 from headway.benchmarks.statistics import (
     Ratio,
     paired_median,
     paired_ratio,
-    rounds_option,
     spread,
     verdict,
 )

@@ -10,7 +10,6 @@ whatever slows the machine for longer than a round slows both sides. See README.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -30,9 +29,9 @@ from headway.benchmarks.environment import (
     cpu_warnings,
     cuda_device,
     environment,
-    has_native_bfloat16,
     interpreter_refusal,
 )
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.scenarios import (
     QUICK,
     Comparison,
@@ -41,7 +40,7 @@ from headway.benchmarks.scenarios import (
     needed_by,
     selected,
 )
-from headway.benchmarks.statistics import paired_ratio, rounds_option, spread, verdict
+from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
 NAME = "headway bench overhead"
 QUICK_ROUNDS = 4
@@ -49,7 +48,6 @@ PROMPT_TOKENS = 350
 QUICK_PROMPT_TOKENS, QUICK_OUTPUT_TOKENS = 64, 32
 """Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
-RESULTS = Path(__file__).resolve().parent / "results"
 MIN_PROMPTS_CACHED = 0.95
 """Share of the prompt tokens that a load with `cached` prompts must find in the prefix cache."""
 
@@ -84,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
     prompt_tokens = QUICK_PROMPT_TOKENS if args.quick else PROMPT_TOKENS
     on_cuda = cuda_device() is not None
     try:
-        # Absolute, since engines run in another folder.
-        model = args.model.absolute() if args.model else default_model()
+        model = chosen_model(args.model)
         scenarios, comparisons = available(on_cuda)
         if args.only:
             scenarios, comparisons = selected(scenarios, comparisons, args.only)
@@ -104,48 +101,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def output_file(benchmark: str, given: Path | None) -> Path:
-    """Where the JSON of a benchmark goes: as given, or a file of now; its folder is made.
-
-    Raises OSError.
-    """
-    output = given or RESULTS / f"{benchmark}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output
-
-
-def save(result: dict[str, Any], text: str, output: Path) -> None:
-    """Write the JSON of a benchmark, and print what it says and where it is. Raises OSError."""
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(text)
-    print(f"written to {output}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Measure what Headway costs in tokens/s."
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{QUICK_ROUNDS} rounds of short requests, one comparison of every kind",
+    parser = new_parser(
+        NAME,
+        "Measure what Headway costs in tokens/s.",
+        rounds=ROUNDS,
+        seed="the order within rounds",
+        quick=f"{QUICK_ROUNDS} rounds of short requests, one comparison of every kind",
     )
     parser.add_argument(
         "--only", metavar="TEXT", help="the comparisons with this in their name, such as G-ACT"
     )
-    parser.add_argument(
-        "--rounds", type=rounds_option, help=f"number of rounds, {ROUNDS} by default"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() or cuda_device() else "float32",
-        help="%(default)s on this machine",
-    )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the order within rounds")
     return parser
 
 
@@ -169,13 +136,6 @@ def sized(
         )
         for scenario in scenarios
     )
-
-
-def default_model() -> Path:
-    """SmolLM2-135M-Instruct. Raises FileNotFoundError if its package is not installed."""
-    from headway.server.models.smollm2 import ensure_smollm2
-
-    return ensure_smollm2()
 
 
 def measure(

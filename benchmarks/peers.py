@@ -25,11 +25,10 @@ from tqdm import tqdm
 from headway.benchmarks.environment import (
     busy_seconds,
     cuda_device,
-    has_native_bfloat16,
     interpreter_refusal,
     own_seconds,
 )
-from headway.benchmarks.overhead import default_model, output_file, save
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.peer_systems import (
     published_sgrs,
     repeng,
@@ -55,7 +54,6 @@ from headway.benchmarks.peer_systems.report import Key, Measurement, report, tab
 from headway.benchmarks.peer_systems.worker_process import PeerError, Refused, WorkerProcess
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.sgrs_load import BATCH, prompts
-from headway.benchmarks.statistics import rounds_option
 from headway.server.launch import LaunchError
 
 NAME = "headway bench peers"
@@ -93,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         chosen = selected(PEERS, args.only)
         output = output_file("peers", args.output)
-        model = args.model.absolute() if args.model else default_model()
+        model = chosen_model(args.model)
         measurement = Measurement()
         ready = available(chosen, measurement)
         rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
@@ -110,12 +108,13 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Measure the same steering on Headway and on its alternatives."
+    parser = new_parser(
+        NAME,
+        "Measure the same steering on Headway and on its alternatives.",
+        rounds=ROUNDS,
+        seed="prompts and order",
+        quick=f"{QUICK_ROUNDS} rounds, not {ROUNDS}",
     )
-    quick = f"{QUICK_ROUNDS} rounds, not {ROUNDS}"
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=rounds_option, help="number of rounds")
     parser.add_argument(
         "--only",
         metavar="TEXT",
@@ -125,15 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--concurrency", type=_concurrency, default=BATCH, help="requests, %(default)s by default"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() else "float32",
-        help="%(default)s on this machine",
-    )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and order")
     return parser
 
 

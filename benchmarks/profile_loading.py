@@ -29,11 +29,11 @@ import numpy as np
 from tqdm import tqdm
 
 from headway.benchmarks.engine import SERVER_SETTINGS
-from headway.benchmarks.environment import environment, has_native_bfloat16, interpreter_refusal
-from headway.benchmarks.overhead import default_model, output_file, save
+from headway.benchmarks.environment import environment, interpreter_refusal
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import TIMEOUT_SECONDS, EndpointError, UnsteeredAnswer
 from headway.benchmarks.serve_matrix import drawn_profile
-from headway.benchmarks.statistics import bootstrap_median, rounds_option, verdict
+from headway.benchmarks.statistics import bootstrap_median, verdict
 from headway.server.commands.model import quiet_stdout, read_model, steerable_geometry
 from headway.server.commands.remote import RemoteError, Server
 from headway.server.http.admin import KEY_VARIABLE
@@ -91,17 +91,18 @@ def main(argv: Sequence[str]) -> int:
     output = output_file("profile-loading", args.output)
     log = output.with_suffix(".log")
     key = secrets.token_hex(16)
+    rounds = args.rounds or ROUNDS
     flags = ["--dtype", args.dtype, "--enforce-eager", "--max-num-seqs", "4"]
     flags += ["--max-model-len", "2048"]
     try:
-        model = args.model.absolute() if args.model else default_model()
+        model = chosen_model(args.model)
         with quiet_stdout():
             geometry = steerable_geometry(read_model(str(model)))
         with tempfile.TemporaryDirectory(prefix="headway-bench-") as folder:
             settings = {**SERVER_SETTINGS, KEY_VARIABLE: key, "HEADWAY_HOME": folder}
             print("starting headway serve, usually in less than a minute", file=sys.stderr)
             with serve(model, flags, Path(folder), log, settings) as url:
-                run = measure(url, str(model), geometry, key, args.rounds, args.seed)
+                run = measure(url, str(model), geometry, key, rounds, args.seed)
                 measurement = asyncio.run(run)
     except (EndpointError, LaunchError, OSError, RemoteError, ValueError) as error:
         print(f"{NAME}: error: {error}; see {log}", file=sys.stderr)
@@ -114,22 +115,12 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Measure what loading a vector profile costs a busy server."
+    return new_parser(
+        NAME,
+        "Measure what loading a vector profile costs a busy server.",
+        rounds=ROUNDS,
+        seed="the drawn directions",
     )
-    parser.add_argument(
-        "--rounds", type=rounds_option, default=ROUNDS, help="%(default)s by default"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() else "float32",
-        help="%(default)s on this machine",
-    )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn directions")
-    return parser
 
 
 async def measure(

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from headway.benchmarks.overhead import RESULTS
+from headway.benchmarks.options import RESULTS
 from headway.benchmarks.report_pages import markdown, page, plot_files
 from headway.benchmarks.report_parts import REPORT, Part, PartError, gather
 from headway.benchmarks.report_sections import sections
@@ -32,6 +32,7 @@ RUNS = frozenset(
         "draws_per_token",
         "first_token",
         "runs",
+        "samples",
         "seconds_per_evaluation",
     }
 )

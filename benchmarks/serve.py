@@ -26,11 +26,10 @@ from tqdm import tqdm
 from headway.benchmarks.environment import (
     busy_seconds,
     cuda_device,
-    has_native_bfloat16,
     interpreter_refusal,
     own_seconds,
 )
-from headway.benchmarks.overhead import default_model, output_file, save
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.serve_load import Load, Run, pictures, texts
 from headway.benchmarks.serve_matrix import (
@@ -50,7 +49,6 @@ from headway.benchmarks.serve_matrix import (
 )
 from headway.benchmarks.serve_report import report, table
 from headway.benchmarks.serve_servers import Order, Server, serving
-from headway.benchmarks.statistics import rounds_option
 from headway.server.commands.model import PROFILE_OPTION, quiet_stdout
 from headway.server.launch import LaunchError
 from headway.steering import ModelGeometry
@@ -86,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         left_out = CPU_ONLY if on_cuda else frozenset()
         compared = comparisons(QUICK_POINTS if args.quick else POINTS, args.only, left_out)
-        model = args.model.absolute() if args.model else default_model()
+        model = chosen_model(args.model)
         plan = Plan(compared, model, args.dtype, output_tokens, args.seed, on_cuda)
         measurement = plan.run(output, rounds)
     except (EndpointError, LaunchError, OSError, ValueError, httpx.HTTPError) as error:
@@ -100,28 +98,16 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Measure what steering costs a user over HTTP."
+    parser = new_parser(
+        NAME,
+        "Measure what steering costs a user over HTTP.",
+        rounds=ROUNDS,
+        seed="prompts and order",
+        quick=f"a few cells, {QUICK_ROUNDS} rounds, {QUICK_OUTPUT_TOKENS} tokens, no pictures",
     )
-    quick = f"a few cells, {QUICK_ROUNDS} rounds, {QUICK_OUTPUT_TOKENS} tokens, no pictures"
-    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument(
         "--only", metavar="TEXT", help="the comparisons with this in their name, such as locore"
     )
-    parser.add_argument(
-        "--rounds", type=rounds_option, help=f"number of rounds, {ROUNDS} by default"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() or cuda_device() else "float32",
-        help="%(default)s on this machine",
-    )
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="for text, SmolLM2-135M by default"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and order")
     return parser
 
 

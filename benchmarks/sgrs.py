@@ -35,7 +35,7 @@ from headway.benchmarks.environment import (
     interpreter_refusal,
     own_seconds,
 )
-from headway.benchmarks.overhead import default_model, output_file, save
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.sgrs_load import (
     ARMS,
@@ -50,7 +50,7 @@ from headway.benchmarks.sgrs_load import (
     draws_per_token,
 )
 from headway.benchmarks.sgrs_published import Published
-from headway.benchmarks.statistics import paired_ratio, rounds_option, spread, verdict
+from headway.benchmarks.statistics import paired_ratio, spread, verdict
 from headway.server.launch import LaunchError, serve
 
 NAME = "headway bench sgrs"
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     output = output_file("sgrs", args.output)
     log = output.with_suffix(".log")
     try:
-        model = args.model.absolute() if args.model else default_model()
+        model = chosen_model(args.model)
         measurement = run(model, log, args.dtype, args.context, output_tokens, rounds, args.seed)
     except (EndpointError, LaunchError, OSError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
@@ -138,26 +138,19 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Measure what SGRS costs, and what it costs as it was published."
-    )
     quick = (
         f"{QUICK_ROUNDS} rounds of {QUICK_OUTPUT_TOKENS} tokens, not {ROUNDS} of {OUTPUT_TOKENS}"
     )
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=rounds_option, help="number of rounds")
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(MAX_DISAGREEMENT),
-        default="bfloat16" if has_native_bfloat16() else "float32",
-        help="%(default)s on this machine",
+    parser = new_parser(
+        NAME,
+        "Measure what SGRS costs, and what it costs as it was published.",
+        rounds=ROUNDS,
+        seed="prompts, draws and order",
+        quick=quick,
     )
     parser.add_argument(
         "--context", type=_context, default=CONTEXT, help="mean tokens, %(default)s by default"
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, draws and order")
     return parser
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,11 +97,3 @@ def spread(values: Sequence[float]) -> float:
     """Coefficient of variation: the standard deviation over the mean."""
     array = np.asarray(values, float)
     return float(array.std(ddof=1) / array.mean()) if len(array) > 1 else 0.0
-
-
-def rounds_option(value: str) -> int:
-    """The value of `--rounds`. Raises ArgumentTypeError, or ValueError for no number."""
-    rounds = int(value)
-    if rounds < 2:
-        raise argparse.ArgumentTypeError("at least 2, an interval needs them")
-    return rounds

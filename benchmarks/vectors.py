@@ -28,7 +28,7 @@ import numpy as np
 
 from headway.benchmarks.engine import settings
 from headway.benchmarks.environment import cuda_device, environment
-from headway.benchmarks.overhead import default_model, output_file, save
+from headway.benchmarks.options import chosen_model, output_file, save
 from headway.benchmarks.quality.coding import held_out_prompts
 from headway.benchmarks.quality.intervals import difference, draws, interval, ratio
 from headway.benchmarks.quality.language import FENCE, LANGUAGES, language_of
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     except SteeringError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 2
-    model = args.model.absolute() if args.model else default_model()
+    model = chosen_model(args.model)
     base = profile.header.strength
     arms = [Arm("unsteered")]
     arms += [Arm(f"strength {each * base:g}", PROFILE, each * base) for each in args.strengths]

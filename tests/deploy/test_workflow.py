@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from headway.benchmarks.overhead import RESULTS, output_file
+from headway.benchmarks.options import RESULTS, output_file
 
 pytestmark = pytest.mark.unit
 

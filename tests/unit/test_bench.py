@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from headway.benchmarks import engine, environment, overhead, worker
+from headway.benchmarks import options as options_module
 from headway.benchmarks import scenarios as scenarios_module
 from headway.benchmarks.engine import EngineError
 from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario
@@ -81,7 +82,7 @@ def cuda(engines: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> type[Fak
     """A machine with a CUDA device, and other processes on its cores."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Small")
-    monkeypatch.setattr(overhead, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(options_module, "has_native_bfloat16", lambda: False)
     monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.5, 3.0))
     return engines
 
@@ -226,7 +227,7 @@ def test_on_cpu_engines_are_eager_and_cores_are_watched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(overhead, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(options_module, "has_native_bfloat16", lambda: False)
     monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.5, 3.0))
     report = run(tmp_path / "report.json", "--model", str(tmp_path / "tiny"))
     assert [each.memory for each in engines.started] == [None, None]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from headway.benchmarks import environment, sgrs
+from headway.benchmarks import options as options_module
 from headway.benchmarks.completions import Completion
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.scenarios import SCENARIOS, available
@@ -131,7 +132,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(sgrs, "serve", serve)
     monkeypatch.setattr(sgrs, "Requests", FakeRequests)
     monkeypatch.setattr(sgrs, "Published", FakePublished)
-    monkeypatch.setattr(sgrs, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(options_module, "has_native_bfloat16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return started
