@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -22,6 +23,32 @@ pytestmark = pytest.mark.unit
 STEP = 0.02
 
 
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time passes by waiting alone, and at once: what is measured on it is exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        select = self._selector.select
+
+        def skip(timeout):
+            self.now += timeout or 0.0
+            return select(0)
+
+        self._selector.select = skip
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Iterator[Clock]:
+    loop = Clock()
+    monkeypatch.setattr(profile_loading, "time", SimpleNamespace(perf_counter=loop.time))
+    yield loop
+    loop.close()
+
+
 def served(loading: float = 0.0, steering: object = None, status: int = 200):
     """An endpoint whose stream has a token every `STEP` seconds and stops while one loads."""
     state = {"loading": loading}
@@ -36,7 +63,8 @@ def served(loading: float = 0.0, steering: object = None, status: int = 200):
         body = json.loads(request.content)
         if body.get("stream"):
             return httpx.Response(status, stream=Tokens())
-        time.sleep(state.pop("loading", 0.0))  # as a worker that is busy: nobody gets a token
+        # As a worker that is busy: nobody gets a token.
+        asyncio.get_running_loop().now += state.pop("loading", 0.0)
         await asyncio.sleep(STEP)
         return httpx.Response(200, json={"steering": steering})
 
@@ -52,23 +80,24 @@ async def used(times: int, **server) -> list[Use]:
             await stream.close()
 
 
-async def test_the_first_use_is_later_by_the_time_of_loading_and_stalls_the_stream():
-    first, second = await used(2, loading=0.3, steering={"methods": [{"profile": "p@1"}]})
+def test_the_first_use_is_later_by_the_time_of_loading_and_stalls_the_stream(clock):
+    answers = used(2, loading=0.3, steering={"methods": [{"profile": "p@1"}]})
+    first, second = clock.run_until_complete(answers)
     measured = Measurement([1.0], [first], [second])
-    assert measured.loading()[0] == pytest.approx(0.3, abs=0.15)
-    assert second.step == pytest.approx(STEP, abs=0.5 * STEP)
-    assert measured.stalls()[0] == pytest.approx(0.3 / STEP, rel=0.5)
+    assert measured.loading()[0] == pytest.approx(0.3)
+    assert second.step == pytest.approx(STEP)
+    assert measured.stalls()[0] == pytest.approx(0.3 / STEP, abs=1.01)  # of a step in progress
 
 
 @pytest.mark.parametrize("steering", [None, {"methods": [{"profile": "p@2"}]}])
-async def test_an_answer_that_another_profile_steered_ends_the_run(steering):
+def test_an_answer_that_another_profile_steered_ends_the_run(clock, steering):
     with pytest.raises(UnsteeredAnswer, match=r"p@1"):
-        await used(1, steering=steering)
+        clock.run_until_complete(used(1, steering=steering))
 
 
-async def test_a_stream_that_is_refused_ends_the_run():
+def test_a_stream_that_is_refused_ends_the_run(clock):
     with pytest.raises(EndpointError, match="HTTP 500"):
-        await used(1, status=500)
+        clock.run_until_complete(used(1, status=500))
 
 
 def uses(*seconds: float) -> list[Use]:
