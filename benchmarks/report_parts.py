@@ -21,6 +21,7 @@ COMMANDS = {
     "head-selection": "headway bench head-selection --json FILE",
     "vectors": "headway bench vectors --profile FILE",
     "profile-loading": "headway bench profile-loading",
+    "soak": "headway bench soak",
     "kernels": "headway bench kernels --json FILE",
     MODELLED: "headway bench kernels --static --json FILE",
 }
@@ -249,6 +250,11 @@ def _vectors(result: dict[str, Any]) -> Iterator[Finding]:
             yield _finding(row[key], row["name"], metric, "value", unit="share")
 
 
+def _soak(result: dict[str, Any]) -> Iterator[Finding]:
+    _ = result["limits"], result["traffic"], result["totals"]  # no ratios; they have a table
+    yield from ()
+
+
 def _kernels(result: dict[str, Any]) -> Iterator[Finding]:
     for row in result["cases"]:
         if "error" not in row:
@@ -270,6 +276,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Finding]]] = {
     "head-selection": _head_selection,
     "vectors": _vectors,
     "profile-loading": _profile_loading,
+    "soak": _soak,
     "kernels": _kernels,
     MODELLED: _modelled,
 }

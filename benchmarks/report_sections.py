@@ -9,6 +9,7 @@ from typing import Any
 from headway.benchmarks import report_kernels as kernels
 from headway.benchmarks import report_plots as plots
 from headway.benchmarks import report_tables as tables
+from headway.benchmarks import soak_report as soak
 from headway.benchmarks.report_blocks import Block, Plot, Section, Text
 from headway.benchmarks.report_parts import (
     COMMANDS,
@@ -73,6 +74,7 @@ def sections(parts: Parts, passed_over: Sequence[str]) -> list[Section]:
             parts,
             {MODELLED: ("Properties of the code", kernels.compiled)},
         ),
+        _section("9. Soak", parts, {"soak": ("Limits under mixed traffic", soak.blocks)}),
     ]
 
 

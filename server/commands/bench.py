@@ -16,6 +16,7 @@ BENCHMARKS = {
     "profile-loading": "how long a new vector profile loads, and whom that stalls",
     "peers": "tokens/s of the same steering on transformers and other libraries, side by side",
     "vectors": "what a vector profile does to answers: language of code, form, perplexity",
+    "soak": "minutes of mixed traffic on a server, and limits on errors, leaks and memory",
     "report": "one report of what the benchmarks found: tables and plots, as a page and Markdown",
     "compare": "what changed between two such reports, or two of one benchmark",
 }
