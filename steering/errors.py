@@ -32,8 +32,10 @@ class Reason(StrEnum):
     QUANTIZED = "E_QUANTIZED"
     UNSUPPORTED = "E_UNSUPPORTED"
     TOO_LARGE = "E_TOO_LARGE"
+    TIMEOUT = "E_TIMEOUT"
     CAPACITY = "E_CAPACITY"
     STEERING_FAILED = "E_STEERING_FAILED"
+    UNAVAILABLE = "E_UNAVAILABLE"
 
 
 HTTP_STATUS: dict[Reason, int] = {
@@ -42,11 +44,13 @@ HTTP_STATUS: dict[Reason, int] = {
     Reason.PRESET_NOT_FOUND: 404,
     Reason.PROFILE_NOT_FOUND: 404,
     Reason.REQUEST_NOT_FOUND: 404,
+    Reason.TIMEOUT: 408,
     Reason.IN_USE: 409,
     Reason.ALREADY_GIVEN: 409,
     Reason.TOO_LARGE: 413,
     Reason.CAPACITY: 429,
     Reason.STEERING_FAILED: 500,
+    Reason.UNAVAILABLE: 503,
 }
 """HTTP status of a reason; 400 where it is not listed."""
 

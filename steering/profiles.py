@@ -135,7 +135,7 @@ def read_json(path: Path, param: str = "profile") -> Any:
     """The JSON value in a file. Raises SteeringError(E_BAD_PARAM)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"cannot be read as JSON: {error}"
         raise SteeringError(Reason.BAD_PARAM, message, param) from None
 

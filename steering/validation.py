@@ -26,7 +26,7 @@ def dump_spec(value: Any, param: str, max_bytes: int = MAX_SPEC_BYTES) -> str:
     """JSON text of a value, or a SteeringError if it is too large or not JSON."""
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SteeringError(Reason.BAD_PARAM, f"must be JSON: {error}", param) from None
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > max_bytes:
@@ -72,7 +72,7 @@ def json_path(root: str, path: tuple[str | int, ...]) -> str:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -94,5 +94,8 @@ def _walk(value: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "a value that is nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -205,7 +205,7 @@ class VectorProfile:
             return cls(header, tensors, file_digest(path), param)
         except SteeringError:
             raise
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             message = f"cannot be read as a vector profile: {error}"
             raise SteeringError(Reason.BAD_PARAM, message, param) from None
 

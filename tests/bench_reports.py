@@ -16,6 +16,7 @@ from headway.benchmarks import (
     serve_matrix,
     serve_report,
     sgrs,
+    soak_report,
     vectors,
 )
 from headway.benchmarks.engine import SETTINGS
@@ -24,6 +25,7 @@ from headway.benchmarks.image_questions import Timing
 from headway.benchmarks.kernels import device, model, static
 from headway.benchmarks.serve_load import Run
 from headway.kernels.aot import Compiled
+from tests.soaks import made_soak
 
 DATE = "2026-11-{:02}T10:00:00+00:00"
 ROUNDS = 5
@@ -173,6 +175,14 @@ def profile_loading_report() -> dict[str, Any]:
     return profile_loading.report(profile_loading.Measurement([0.1] * ROUNDS, first, second))
 
 
+def soak_report_() -> dict[str, Any]:
+    """A slot is held at the end."""
+    found = made_soak()
+    found.after["slots in use"] = 1.0
+    facts = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "seed": 0, "concurrency": 16}
+    return soak_report.report(found, facts)
+
+
 def modelled_report() -> dict[str, Any]:
     """All modelled cases, and one kernel compiled twice."""
     rows = [
@@ -205,6 +215,7 @@ REPORTS = {
     "head-selection": head_selection_report,
     "vectors": vectors_report,
     "profile-loading": profile_loading_report,
+    "soak": soak_report_,
     "kernels": measured_kernels_report,
     "kernels-static": modelled_report,
 }

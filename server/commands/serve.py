@@ -14,6 +14,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.server.commands.limit_options import add_limit_options
 from headway.server.commands.model import (
     PRESET_OPTION,
     PROFILE_OPTION,
@@ -31,14 +32,26 @@ from headway.server.engine.config import (
     VECTOR_MEMORY,
 )
 from headway.server.engine.geometry import PROFILES
-from headway.server.http.admin import KEY_OPTION, KEY_VARIABLE, AdminKeys, check_keys
+from headway.server.http.admin import (
+    FILE_OPTION,
+    FILE_VARIABLE,
+    KEY_OPTION,
+    KEY_VARIABLE,
+    AdminKeys,
+    check_keys,
+    keys_in,
+)
+from headway.server.http.isolation import check_isolation
 from headway.server.http.presets import named_file
 from headway.server.registry.registry import Registry
 from headway.server.registry.store import Store
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until SIGTERM or SIGINT; both end it with exit code 0, also during the start."""
+    """Serve until SIGTERM or SIGINT; both end it with exit code 0, also during the start.
+
+    The death of the engine ends it with exit code 1.
+    """
     shut_out = allow_headway(os.environ)  # before vLLM is imported, which reads it
     if shut_out:
         names = ", ".join(shut_out)
@@ -55,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         switch_on(args)
         move_keys(args, os.environ)
+        check_isolation(args, os.environ)
         command.validate(args)
         check(args)
     except (ValueError, PluginError) as error:
@@ -64,7 +78,20 @@ def main(argv: Sequence[str]) -> int:
         command.cmd(args)
     except KeyboardInterrupt:  # how vLLM ends a start that is interrupted
         return 0
+    if engine_died(args):
+        print("headway serve: error: the engine died; its log is above", file=sys.stderr)
+        return 1
     return 0
+
+
+def engine_died(args: Namespace) -> bool:
+    """Whether a server that ended was left by its engine: vLLM then ends as if it had been asked.
+
+    args: the server's, in which Headway's endpoints leave their `Lifetime`. With several API
+    servers, which vLLM ends with an exception, they are in other processes.
+    """
+    lifetime = getattr(args, "headway_lifetime", None)
+    return lifetime is not None and bool(lifetime.engine_died)
 
 
 def build_parser(command: Any) -> Any:
@@ -102,6 +129,13 @@ def build_parser(command: Any) -> Any:
         f"Default: {DEFAULT_VECTOR_MEMORY}.",
     )
     options.add_argument(
+        "--disable-steering-log",
+        action="store_true",
+        help="Write no line to the log for each request that asked for steering. Such lines name "
+        "the request, its fingerprint and how it ended, never its text; they are JSON with "
+        "--logging-config.formatter json.",
+    )
+    options.add_argument(
         KEY_OPTION,
         action="append",
         default=[],
@@ -111,6 +145,13 @@ def build_parser(command: Any) -> Any:
         f"Without it they cannot be changed. Instead of it, the environment variable "
         f"{KEY_VARIABLE} holds keys, separated by commas, which lists of processes do not show.",
     )
+    options.add_argument(
+        FILE_OPTION,
+        metavar="PATH",
+        help="A file of more such keys, one a line, which is read again when it changes. Or "
+        f"{FILE_VARIABLE} holds its path.",
+    )
+    add_limit_options(options)
     return parser
 
 
@@ -148,12 +189,21 @@ def switch_on(args: Namespace) -> None:
 def move_keys(args: Namespace, environment: MutableMapping[str, str]) -> None:
     """Move admin keys from parsed arguments, which vLLM logs and hands on, to the environment.
 
-    Keys in the arguments replace those of the environment. Raises ValueError for a bad key.
+    Keys in the arguments replace those of the environment; so does the path of a file of keys.
+    Raises ValueError for a bad key, and for a file that cannot be read or has none.
     """
     keys = check_keys(args.steering_api_key)
     args.steering_api_key = []
     if keys:
         environment[KEY_VARIABLE] = ",".join(keys)
+    if args.steering_api_key_file:
+        environment[FILE_VARIABLE] = str(Path(args.steering_api_key_file).absolute())
+    path = environment.get(FILE_VARIABLE)
+    try:
+        if path and not keys_in(Path(path)):
+            raise ValueError(f"{FILE_OPTION} {path}: has no key")
+    except OSError as error:
+        raise ValueError(f"{FILE_OPTION} {path}: {error.strerror}") from None
 
 
 def add_profiles(profiles: Mapping[str, str], options: Sequence[str]) -> dict[str, str]:

@@ -1,16 +1,25 @@
 """The front end's view of the steering state in the workers.
 
-vLLM symbols relied on: `AsyncLLM.engine_core` and its `call_utility_all_async`, with the utility
-`collective_rpc` of the engine core. `AsyncLLM.collective_rpc` would return the answer of the first
-data-parallel engine only, and a request may run on any of them.
+vLLM symbols relied on: `AsyncLLM.errored`; `AsyncLLM.engine_core` and its
+`call_utility_all_async`, with the utility `collective_rpc` of the engine core.
+`AsyncLLM.collective_rpc` would return the answer of the first data-parallel engine only, and a
+request may run on any of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 from functools import reduce
 from typing import Any
 
 from headway.server.engine.report import EngineReport, merge_heads, merge_probes, merge_readings
+
+LIVENESS_SECONDS = 0.5
+"""How often a call that waits looks whether there is still somebody to answer it."""
+
+
+class EngineGoneError(RuntimeError):
+    """The engine died, or was shut down, before it answered."""
 
 
 class SteeringClient:
@@ -21,6 +30,11 @@ class SteeringClient:
 
     def __init__(self, engine_client: Any) -> None:
         self.engine_client = engine_client
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine is there."""
+        return not self.engine_client.errored
 
     async def pop_report(self, report_id: str) -> EngineReport | None:
         """The report of a request, which the workers then forget; None if they never saw it.
@@ -39,18 +53,26 @@ class SteeringClient:
         """Have all workers let go of artefacts."""
         await self._ask("headway_unload_artifacts", digests, holder)
 
-    async def statistics(self) -> list[dict[str, Any]]:
-        """Per-worker statistics (see `SteeringRpc.headway_statistics`)."""
-        engines = await self._ask("headway_statistics")
-        return [worker for workers in engines for worker in workers]
+    async def statistics(self) -> list[list[dict[str, Any]]]:
+        """Statistics of the workers of each engine (see `SteeringRpc.headway_statistics`)."""
+        return await self._ask("headway_statistics")
 
     async def _ask(self, method: str, *args: Any) -> list[list[Any]]:
-        """One list per engine with the answer of each of its workers."""
+        """One list per engine with the answer of each of its workers.
+
+        Raises what a worker raises, and EngineGoneError: vLLM leaves calls without an answer that
+        were on their way when the engine died.
+        """
         core = self.engine_client.engine_core
-        answers: list[list[Any]] = await core.call_utility_all_async(
-            "collective_rpc", method, None, args, None
-        )
-        return answers
+        call = core.call_utility_all_async("collective_rpc", method, None, args, None)
+        asking: asyncio.Future[list[list[Any]]] = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({asking}, timeout=LIVENESS_SECONDS))[0]:
+                if not self.is_alive:
+                    raise EngineGoneError(f"no answer to {method}: the engine is gone")
+            return asking.result()
+        finally:
+            asking.cancel()
 
 
 def engine_report(workers: list[dict[str, Any] | None]) -> EngineReport | None:

@@ -44,7 +44,7 @@ def gated_sampling(runner: Any, tape: SaliencyTape, logits: torch.Tensor) -> Ite
     sequences = torch.tensor([row.sequence for row in tape.rows])
     original = sampler.sample
     raw = logits.index_select(0, sequences).float()
-    asked = False
+    asked, counted = False, tape.seconds
 
     def sample(logits: torch.Tensor, metadata: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal asked
@@ -69,6 +69,7 @@ def gated_sampling(runner: Any, tape: SaliencyTape, logits: torch.Tensor) -> Ite
     finally:
         del sampler.sample
         steering.step_seconds.observe(tape.seconds)
+        steering.count_time(request_ids, tape.seconds - counted)
         if not asked:
             with steering.guard("sampling", request_ids):
                 raise RuntimeError("tokens were sampled without the gate")

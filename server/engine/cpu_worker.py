@@ -2,7 +2,8 @@
 
 vLLM symbols relied on: `vllm.v1.worker.cpu_worker` (`CPUWorker`, and its module global
 `CPUModelRunner`, swapped for a subclass), and of the runner `load_model`, `_update_states`,
-`_prepare_inputs`, `_model_forward`, `execute_model`, `execute_model_state.logits`, `sample_tokens`,
+`_prepare_inputs`, `_model_forward`, `execute_model`, `execute_model_state` (`logits`,
+`sample_hidden_states`, one row a request without speculation), `sample_tokens`,
 `discard_request_mask`, `positions`, `mrope_positions`, `uses_mrope`, `input_batch.req_ids` and
 `num_computed_tokens_cpu`, `CompilationConfig.static_forward_context`,
 `scheduler_output.scheduled_new_reqs` and `finished_req_ids`.
@@ -27,11 +28,13 @@ from headway.server.engine.cpu_plan import CpuPlanner
 from headway.server.engine.cpu_sampling import gated_sampling
 from headway.server.engine.decoder_parts import Decoder, UnknownStructureError, read_decoder
 from headway.server.engine.kept_weights import keeping_weights
+from headway.server.engine.nonfinite import fail_lost_rows
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.slots import SlotTables
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
+from headway.server.engine.tainted_blocks import clear_blocks
 from headway.server.engine.worker_rpc import SteeringRpc
 from headway.server.engine.worker_tables import gather_heads, worker_tables
 
@@ -67,6 +70,7 @@ class SteeringCPUModelRunner(CPUModelRunner):
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
         steering = self.steering
+        clear_blocks(self, scheduler_output)
         with steering.guard("arrival"):
             steering.remove(scheduler_output.finished_req_ids)
             for request in scheduler_output.scheduled_new_reqs:
@@ -106,6 +110,10 @@ class SteeringCPUModelRunner(CPUModelRunner):
                     self.steering.close_step(plan)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
+        state = self.execute_model_state
+        if state is not None:
+            rows = state.sample_hidden_states
+            fail_lost_rows(self.steering, self.input_batch.req_ids, rows, state.logits)
         with only_streams_in_use(self), self._gated_sampling():
             output = super().sample_tokens(grammar_output)
         failed = self.steering.take_failed()

@@ -1,11 +1,13 @@
 """Seam: vLLM's V2 runner, which it uses on GPU.
 
 vLLM symbols relied on: `vllm.v1.worker.gpu.model_runner.GPUModelRunner` (`load_model`,
-`finish_requests`, `execute_model` with `dummy_run`, `sample_tokens`, `capture_model`,
+`finish_requests`, `execute_model` with `dummy_run`, `execute_model_state` (`input_batch`,
+`hidden_states`), `sample_tokens`, which returns an `AsyncOutput`, `capture_model`,
 `cudagraph_manager.dispatch`, `run_fullgraph` and `run_pw_graph`, `model_state`, `attn_groups`),
 `BlockTables.slot_mappings`, `model_states.resolve_model_state_cls`, which is swapped for ours, and
 the hooks of the `ModelState` that it names: `add_request`, `preprocess_state`,
-`initialize_kv_cache`; `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`.
+`initialize_kv_cache`; `InputBatch.req_ids`, `num_scheduled_tokens`, `num_computed_tokens_np`,
+`logits_indices`.
 
 `preprocess_state` is where a plan is made: it runs for real batches only, after the batch has its
 final order and before the forward pass. A request that is preempted leaves the runner and comes
@@ -35,10 +37,12 @@ from headway.server.engine.config import (
 from headway.server.engine.gpu_attention import unsupported_cache, unsupported_layer
 from headway.server.engine.gpu_plan import GpuPlanner, GpuStepPlan
 from headway.server.engine.gpu_tables import GpuTables
+from headway.server.engine.nonfinite import STAGE, PendingCheck
 from headway.server.engine.request import EXTRA_ARG
 from headway.server.engine.scheduler import FAILED_REQUESTS
 from headway.server.engine.steering_state import SteeringState
 from headway.server.engine.step_plan import current
+from headway.server.engine.tainted_blocks import clear_blocks
 from headway.server.engine.worker_tables import gather_heads, worker_tables
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,7 @@ class SteeringModelRunner:
 
     def finish_requests(self: Any, scheduler_output: Any) -> None:
         super().finish_requests(scheduler_output)  # type: ignore[misc]
+        clear_blocks(self, scheduler_output)
         with self.steering.guard("arrival"):
             self.steering.preempt(scheduler_output.preempted_req_ids or ())
             self.steering.remove(scheduler_output.finished_req_ids)
@@ -104,13 +109,28 @@ class SteeringModelRunner:
                     self.steering.close_step(plan)
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        check = self._check_rows()
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if output is not None and self.is_last_pp_rank:
             failed = self.steering.take_failed()
             if failed:
                 # Sampled tokens are copied while the next step runs; the output is this object.
                 setattr(getattr(output, "model_runner_output", output), FAILED_REQUESTS, failed)
+            if check is not None:
+                check.ride(output)
         return output
+
+    def _check_rows(self: Any) -> PendingCheck | None:
+        """Have the rows looked at that tokens are to be sampled from, where any is steered."""
+        state = self.execute_model_state
+        if state is None or state.hidden_states is None or not self.steering.requests:
+            return None
+        with self.steering.guard(STAGE):
+            batch, slots = state.input_batch, self.planner.buffers.row_slots
+            return PendingCheck(
+                self.steering, batch.req_ids, state.hidden_states, batch.logits_indices, slots
+            )
+        return None
 
     def warm_up_steering(self: Any) -> None:
         """Have the kernels of eager steps compiled before the first request that needs them.

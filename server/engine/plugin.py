@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from headway.server.engine import cache_key, input_processor
+from headway.server.engine import cache_key, drain, input_processor
 from headway.server.engine.config import (
     is_enabled,
     max_sgrs_requests,
@@ -19,6 +19,7 @@ from headway.server.engine.config import (
     uses_gpu_runner,
 )
 from headway.server.engine.geometry import check_profiles
+from headway.server.engine.logs import write_as_vllm
 
 GPU_WORKER = "headway.server.engine.gpu_worker.HeadwayGPUWorker"
 
@@ -43,6 +44,8 @@ def register() -> None:
 
     input_processor.install()
     cache_key.install()
+    drain.install()
+    write_as_vllm()
     original = EngineArgs.create_engine_config
     if hasattr(original, "__wrapped__"):
         return

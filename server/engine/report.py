@@ -23,6 +23,8 @@ class EngineReport:
         fallback], saliency and threshold None where there is none.
     probes: [point, cluster, row] of each probe that was read at the last prompt position of the
         first sequence: which cluster it picked for which x / rms(x), as float32 bytes.
+    seconds: spent in steering in the steps that the request was part of, on one worker; the
+        requests of a step share its time. No two runs have the same.
     """
 
     sequences: int = 0
@@ -36,6 +38,15 @@ class EngineReport:
     heads: list[list[int]] = field(default_factory=list)
     saliency: list[dict[str, Any]] = field(default_factory=list)
     probes: list[list[Any]] = field(default_factory=list)
+    seconds: float = field(default=0.0, compare=False)
+
+    def fail(self, stage: str, error: Exception) -> bool:
+        """Note why the request failed; returns whether this is the first reason."""
+        if self.failed_stage is not None:
+            return False
+        self.failed_stage = stage
+        self.failure = f"{type(error).__name__}: {error}"
+        return True
 
     @property
     def is_complete(self) -> bool:
@@ -75,6 +86,7 @@ class EngineReport:
             merge_heads([self.heads, other.heads]),
             self.saliency + other.saliency,
             merge_probes([self.probes, other.probes]),
+            self.seconds + other.seconds,
         )
 
 

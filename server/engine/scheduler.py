@@ -1,8 +1,7 @@
 """Seam: vLLM's scheduler, with text passes, a limit of gated requests, and the end of failed ones.
 
 vLLM symbols relied on: `Scheduler.update_from_output`, `Scheduler.requests`,
-`Scheduler.running`, `Scheduler.kv_cache_manager` (`get_block_ids`, `evict_blocks`, `block_pool`,
-`kv_cache_config`), `Request.num_computed_tokens`, `Request.num_in_flight_tokens` and
+`Scheduler.running`, `Scheduler.kv_cache_manager` (`get_block_ids`, `evict_blocks`) and
 `Scheduler.encoder_cache_mismatch_reqs`, a set of requests that `update_from_output` ends with
 `FINISHED_ERROR`.
 
@@ -18,13 +17,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from headway.server.engine.gated_request_scheduler import LimitsGatedRequests
+from headway.server.engine.tainted_blocks import ClearsTaintedBlocks, written_blocks
 from headway.server.engine.text_pass_scheduler import RunsTextPasses
 
 FAILED_REQUESTS = "headway_failed_requests"
 """Attribute of `ModelRunnerOutput`: ids of the requests whose steering failed in this step."""
 
 
-class _EndsFailedRequests(LimitsGatedRequests, RunsTextPasses):
+class _EndsFailedRequests(LimitsGatedRequests, RunsTextPasses, ClearsTaintedBlocks):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         failed = getattr(model_runner_output, FAILED_REQUESTS, ())
         for request_id in failed:
@@ -46,35 +46,24 @@ def end_requests(scheduler: Any, failed: Iterable[str], model_runner_output: Any
     """Have `update_from_output` end the failed requests with an error, without their last token.
 
     The blocks they wrote in this step hold keys and values that lack an edit, under a hash that
-    promises it: they leave the prefix cache, and a request that already shares one ends too.
+    promises it, or even NaN: they leave the prefix cache, are cleared before they are used again,
+    and a request that already shares one ends too.
     """
     manager = scheduler.kv_cache_manager
     ids = {request_id for request_id in failed if request_id in scheduler.requests}
-    spoiled = set().union(*(_written_blocks(scheduler, request_id) for request_id in ids))
+    requests = [scheduler.requests[request_id] for request_id in ids]
+    spoiled = set().union(*(written_blocks(scheduler, request) for request in requests))
     for request in scheduler.running:
         if spoiled & _blocks(manager, request.request_id):
             ids.add(request.request_id)
     manager.evict_blocks(spoiled)
+    scheduler.tainted |= spoiled
     tokens = model_runner_output.sampled_token_ids
     for request_id in ids:
         index = model_runner_output.req_id_to_index.get(request_id)
         if tokens and index is not None:
             tokens[index] = []
     scheduler.encoder_cache_mismatch_reqs.update(ids)
-
-
-def _written_blocks(scheduler: Any, request_id: str) -> set[int]:
-    """Blocks holding positions that the request computed in steps not yet processed."""
-    request = scheduler.requests[request_id]
-    start = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-    manager = scheduler.kv_cache_manager
-    written: set[int] = set()
-    groups = zip(
-        manager.kv_cache_config.kv_cache_groups, manager.get_block_ids(request_id), strict=True
-    )
-    for group, block_ids in groups:
-        written.update(block_ids[start // group.kv_cache_spec.block_size :])
-    return written - {manager.block_pool.null_block.block_id}
 
 
 def _blocks(manager: Any, request_id: str) -> set[int]:

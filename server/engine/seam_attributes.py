@@ -41,6 +41,9 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self._try_schedule_encoder_inputs(",
         ),
     ),
+    # Whatever ends or is preempted gives its blocks back through one method.
+    (SCHEDULER, "Scheduler._free_blocks", ("self._free_request_blocks(request)",)),
+    (SCHEDULER, "Scheduler._preempt_request", ("self._free_request_blocks(request)",)),
     (KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
     ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
     (
@@ -147,6 +150,17 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("self.scale", "self.logits_soft_cap", "self.sliding_window"),
     ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("self.engine_core", "self.input_processor")),
+    # drain.py: what an engine that is shutting down is asked, in every turn of its loop
+    (
+        "vllm.v1.engine.core",
+        "EngineCoreProc._handle_client_request",
+        (
+            "req, request_wave = request",
+            "client_idx, call_id, method_name, args = request",
+            "if self._reject_utility_in_shutdown(client_idx, call_id, method_name):",
+        ),
+    ),
+    ("vllm.v1.engine.core", "EngineCoreProc._handle_shutdown", ("if not self.has_work():",)),
     (
         CPU_WORKER,
         "CPUWorker",
@@ -195,6 +209,8 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "self.max_num_tokens",
             "self.max_num_reqs",
             "self.is_last_pp_rank",
+            "self.kv_cache_config = kv_cache_config",
+            "hidden_states[input_batch.logits_indices]",
         ),
     ),
     (f"{V2}.model_states", "init_model_state", ("resolve_model_state_cls(",)),

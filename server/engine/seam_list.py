@@ -78,6 +78,13 @@ SEAMS: tuple[Seam, ...] = (
         "EngineCoreRequest",
         ("sampling_params", "prompt_token_ids", "prompt_embeds", "mm_features", "resumable"),
     ),
+    # isolation.py
+    Seam("vllm.v1.engine", "EngineCoreRequest", ("cache_salt",)),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient.add_request_async",
+        ("self", "request"),
+    ),
     Seam("vllm.v1.engine.input_processor", "InputProcessor.tokenizer"),
     Seam("vllm.renderers", "BaseRenderer.mm_processor_cache"),
     Seam(
@@ -104,6 +111,9 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Seam("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    # tainted_blocks.py
+    Seam(SCHEDULER, "Scheduler._free_request_blocks", ("self", "request")),
+    Seam("vllm.v1.core.block_pool", "BlockPool.get_new_blocks", ("self", "num_blocks")),
     # text_pass_scheduler.py, text_passes.py
     Seam(SCHEDULER, "Scheduler.add_request", ("self", "request")),
     Seam(SCHEDULER, "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
@@ -203,7 +213,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),
-    Seam(RUNNER, "ExecuteModelState", ("logits",)),
+    Seam(RUNNER, "ExecuteModelState", ("logits", "sample_hidden_states")),
     Seam(RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids")),
     # gated_request_scheduler.py
     Seam("vllm.v1.request", "Request.is_finished", ("self",)),
@@ -301,7 +311,26 @@ SEAMS: tuple[Seam, ...] = (
         "AttentionGroup",
         ("layer_names", "kv_cache_group_id", "kernel_block_stride"),
     ),
+    Seam(f"{V2}.model_runner", "ExecuteModelState", ("input_batch", "hidden_states")),
+    Seam(f"{V2}.async_utils", "AsyncOutput.get_output", ("self",)),
     # client.py
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.errored"),
     Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")),
+    # drain.py
+    Seam("vllm.config", "VllmConfig", ("shutdown_timeout",)),
+    Seam("vllm.v1.engine", "EngineCoreRequestType.ADD"),
+    Seam("vllm.v1.engine", "EngineCoreRequestType.UTILITY"),
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCoreProc._handle_client_request",
+        ("self", "request_type", "request"),
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCoreProc._reject_utility_in_shutdown",
+        ("self", "client_idx", "call_id", "method_name"),
+    ),
+    Seam("vllm.v1.engine.core", "EngineCoreProc.has_work", ("self",)),
+    Seam("vllm.v1.engine.core", "EngineCoreProc.is_running", ("self",)),
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args")),
 )

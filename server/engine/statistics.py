@@ -1,4 +1,4 @@
-"""How long steering takes per engine step, as the cumulative buckets of a histogram."""
+"""How long steering takes per engine step, as the buckets of a histogram."""
 
 from __future__ import annotations
 
@@ -22,9 +22,5 @@ class StepSeconds:
         self.sum += seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Bounds, cumulative counts (the last is +Inf's) and the sum in seconds."""
-        cumulative, total = [], 0
-        for count in self.counts:
-            total += count
-            cumulative.append(total)
-        return {"buckets": list(BUCKETS), "counts": cumulative, "sum": self.sum}
+        """The count of each bucket, the last one's has no upper bound, and the sum in seconds."""
+        return {"counts": list(self.counts), "sum": self.sum}

@@ -186,10 +186,17 @@ class SteeringState:
             if choice.request_id not in self._failed:
                 self._keep_choice(choice)
         plan.collect()
+        self.count_time((span.request_id for span in plan.spans), plan.seconds)
         if plan.tape is not None:
             plan.tape.seconds = plan.seconds  # the step goes on when it samples
         else:
             self.step_seconds.observe(plan.seconds)
+
+    def count_time(self, request_ids: Iterable[str], seconds: float) -> None:
+        """Add what steering took in a step to the reports of the requests that shared it."""
+        known = (self.requests.get(request_id) for request_id in request_ids)
+        for report_id in {request.report_id for request in known if request is not None}:
+            self.reports.of(report_id).seconds += seconds
 
     def take_failed(self) -> tuple[str, ...]:
         """Ids of the requests that failed since this was last asked, for the scheduler to end."""
@@ -358,8 +365,6 @@ class SteeringState:
 
     def _fail(self, request_id: str, stage: str, error: Exception) -> None:
         report = self.reports.of(self.requests[request_id].report_id)
-        if report.failed_stage is None:
-            report.failed_stage = stage
-            report.failure = f"{type(error).__name__}: {error}"
+        if report.fail(stage, error):
             logger.error("steering failed for request %s at %s: %r", request_id, stage, error)
         self._failed.add(request_id)

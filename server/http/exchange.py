@@ -11,25 +11,27 @@ from fastapi import Request
 from headway.server.engine.report import EngineReport
 from headway.server.engine.request import SteeringRequest
 from headway.server.http import metrics
+from headway.server.http.clients import current_client
+from headway.server.http.echo import SALIENCY_COUNTS, echo_of, positions_edited
+from headway.server.http.errors import steering_failure
+from headway.server.http.limits import Place
+from headway.server.http.observation import Observation, facts_of
 from headway.server.http.requests import Steerable
 from headway.server.http.state import ResolvedSteering, SteeringState
 from headway.server.registry.readings import ProfileReading, profile_readings
-from headway.steering import Reason, SteeringError
-from headway.steering.program import AppliedMethod, Readout
+from headway.steering import SteeringError
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_HEADER = "x-headway-fingerprint"
 
-OUTCOMES = ("ok", "failed", "error", "cancelled")
-"""How a steered request ends: answered, steering failed, vLLM's own error, client gone."""
-
-SALIENCY_COUNTS = {
-    "draws": metrics.SGRS_DRAWS,
-    "refusals": metrics.SGRS_REFUSALS,
-    "fallbacks": metrics.SGRS_FALLBACKS,
-}
-"""What is counted of the tokens of a sequence that a gate judges."""
+SGRS_COUNTERS = dict(
+    zip(
+        SALIENCY_COUNTS,
+        (metrics.SGRS_DRAWS, metrics.SGRS_REFUSALS, metrics.SGRS_FALLBACKS),
+        strict=True,
+    )
+)
 
 DISCARD_SECONDS = 1.0
 _discards: set[asyncio.Task[Any]] = set()
@@ -50,13 +52,18 @@ class Exchange:
         body: Steerable,
         raw_request: Request,
         messages: tuple[str, ...] | None = None,
+        observation: Observation | None = None,
     ) -> None:
         self.state = state
         self.steering = steering
         self.body = body
         self.raw_request = raw_request
         self.request = SteeringRequest(steering.program, messages)
+        self.observation = observation or Observation({})
         self.usage: Any = None  # vLLM's, where the answer has it
+        self.error: SteeringError | None = None  # what ended it, if that was known
+        self.client = current_client()
+        self._place: Place | None = None
         self._asked_workers = False
         self._report: EngineReport | None = None
         self._outcome: str | None = None
@@ -80,33 +87,52 @@ class Exchange:
         return metadata.request_id if metadata else f"report {self.request.report_id}"
 
     def open(self) -> None:
-        """Count the request as active, and as a user of its vector profiles."""
+        """Take a place, and count the request as active, and as a user of its vector profiles.
+
+        Raises SteeringError as `Places.take`; there is then nothing to close.
+        """
+        self._place = self.state.places.take(self.client, self.steering.program, self.body)
         metrics.ACTIVE.inc()
+        self.observation.trace(self.raw_request)
         metrics.STATISTICS.note_steered()
         self.state.users.update(self._profiles)
 
     async def load(self) -> None:
         """Have the workers load the vectors that the request adds, until it is closed.
 
-        Raises SteeringError(E_CAPACITY) where there is no memory for them.
+        Raises SteeringError: E_CAPACITY where there is no memory for them, E_STEERING_FAILED where
+        the workers cannot take them.
         """
-        self._held = await self.state.held.acquire(self.steering.program.artifacts)
+        artifacts = self.steering.program.artifacts
+        if not artifacts:
+            return
+        try:
+            with self.observation.part("load"):
+                self._held = await self.state.held.acquire(artifacts)
+        except SteeringError:
+            raise
+        except Exception as error:
+            if self.state.lifetime.ending is not None:
+                raise self.state.lifetime.refusal() from error
+            raise steering_failure("load", error, self.request_id) from error
 
     async def complete(self) -> dict[str, Any] | None:
         """The `steering` object of a finished answer; None if the client wants none.
 
         Raises SteeringError(E_STEERING_FAILED) unless the workers report that every position they
-        computed was edited as asked.
+        computed was edited as asked; E_UNAVAILABLE where the server ended before they could.
         """
         report = None
         if not self.steering.program.is_identity:
-            report = await self._pop_report()
+            with self.observation.part("confirm"):
+                report = await self._pop_report()
             if report is None or not report.is_complete:
                 await forget_response(self.raw_request, self.request_id)
-                raise self._failure(report)
+                self.error = self._failure(report)
+                raise self.error
             self._note_readings(report)
-        echo = self._echo(report)
-        self.state.reports.put(self.request_id, echo)
+        echo = echo_of(self.steering, report, self._readings)
+        self.state.reports.put(self.request_id, echo, self.client)
         return None if self.steering.spec.report.level == "none" else echo
 
     async def recorded_failure(self) -> SteeringError | None:
@@ -114,25 +140,30 @@ class Exchange:
         if self.steering.program.is_identity or not self.body.reached_engine:
             return None
         report = await self._pop_report()
-        return self._failure(report) if report and report.failed_stage else None
+        if report is None or not report.failed_stage:
+            return None
+        self.error = self._failure(report)
+        return self.error
 
     def close(self, outcome: str) -> None:
         """Count how the request ended; only the first call counts."""
         if self._outcome is not None:
             return
         self._outcome = outcome
+        if self._place is not None:
+            self.state.places.release(self._place)
         metrics.ACTIVE.dec()
         metrics.STATISTICS.note_steered()
         self.state.held.release(self._held)
         self.state.users.subtract(self._profiles)
         self.state.users = +self.state.users  # without those that nobody uses any more
-        prompt, output = self._tokens()
+        prompt, output = tokens = self._tokens()
         for method in {applied.method for applied in self.steering.program.applied}:
             metrics.REQUESTS.labels(method=method, outcome=outcome).inc()
             metrics.TOKENS.labels(method=method, phase="prompt").inc(prompt)
             metrics.TOKENS.labels(method=method, phase="output").inc(output)
         for applied in self.steering.program.applied:
-            rows = self._positions(applied) * applied.attention_layers
+            rows = positions_edited(applied, self._report) * applied.attention_layers
             if rows:
                 metrics.ATTENTION_ROWS.labels(method=applied.method).inc(rows)
         if self.body.reached_engine and not self._asked_workers:
@@ -140,6 +171,10 @@ class Exchange:
             task = asyncio.ensure_future(self._discard_report())
             _discards.add(task)
             task.add_done_callback(_discards.discard)
+        metadata = getattr(self.raw_request.state, "request_metadata", None)
+        request_id = metadata.request_id if metadata else None
+        facts = facts_of(self.steering.program, request_id, tokens, self._report)
+        self.observation.end(outcome, facts | {"preset": self.steering.spec.preset}, self.error)
 
     async def _discard_report(self) -> None:
         # vLLM's abort must reach the workers first, or their last step would begin a new report.
@@ -164,23 +199,22 @@ class Exchange:
             logger.exception("no steering report for request %s", self.request_id)
         # Here because the workers give a report once, also that of a request whose client left.
         for sequence in self._report.saliency if self._report else ():
-            for name, counter in SALIENCY_COUNTS.items():
+            for name, counter in SGRS_COUNTERS.items():
                 counter.inc(sequence[name])
         return self._report
 
     def _failure(self, report: EngineReport | None) -> SteeringError:
         if report is not None and report.failed_stage:
             stage, why = report.failed_stage, report.failure or "no details"
+        elif report is None and self.state.lifetime.ending is not None:
+            return self.state.lifetime.refusal()  # it was cut off
         else:
             metrics.UNSTEERED.inc()
             if report is None:
                 stage, why = "report", "the workers have no report of the request"
             else:
                 stage, why = "coverage", report.coverage
-        metrics.FAILURES.labels(stage=stage).inc()
-        message = f"steering failed at stage {stage}: {why} (request {self.request_id})"
-        logger.error("%s", message)
-        return SteeringError(Reason.STEERING_FAILED, message)
+        return steering_failure(stage, why, self.request_id)
 
     def _note_readings(self, report: EngineReport) -> None:
         """Keep what the probes read at the last token of the prompt, unless there are several."""
@@ -188,93 +222,6 @@ class Exchange:
             return
         self._readings = profile_readings(self.steering.program, report.probes)
         self.state.readings.put(self.request_id, self._readings.values())
-
-    def _echo(self, report: EngineReport | None) -> dict[str, Any]:
-        program, spec = self.steering.program, self.steering.spec
-        echo: dict[str, Any] = {
-            "fingerprint": program.fingerprint,
-            "identity": program.is_identity,
-            "methods": [
-                self._applied(applied, report, self._readings.get(index))
-                for index, applied in enumerate(program.applied)
-            ],
-            "report": spec.report.level,
-            "positions_edited": report.positions_edited if report else 0,
-            "warnings": list(program.warnings),
-        }
-        if spec.preset is not None:
-            echo["preset"] = spec.preset
-        if report is not None:
-            echo["positions_computed"] = report.positions_computed
-            echo["sequences"] = report.sequences
-            echo |= attention_echo(report.readings)
-            if Readout.SALIENCY in program.readouts:
-                gated = program.sampling_gate is not None
-                echo["saliency"] = saliency_echo(report.saliency, gated)
-        return echo
-
-    def _applied(
-        self, applied: AppliedMethod, report: EngineReport | None, read: ProfileReading | None
-    ) -> dict[str, Any]:
-        """One method as it was carried out; heads that were chosen in place of how to choose."""
-        echo = applied.as_dict()
-        if applied.scope is not None:
-            echo["positions_edited"] = self._positions(applied)
-        if applied.gates:
-            # Of an identity (a gate that refuses nobody) nothing was drawn.
-            counts = report.saliency if report else []
-            echo |= {name: sum(each[name] for each in counts) for name in SALIENCY_COUNTS}
-        if applied.chooses_heads and report is not None:
-            echo["heads"] = report.heads
-        if read is not None:
-            picked = zip(read.reading.layers, read.reading.clusters, strict=True)
-            echo["clusters"] = {str(layer): cluster for layer, cluster in picked}
-        return echo
-
-    def _positions(self, applied: AppliedMethod) -> int:
-        """How many positions a method edited."""
-        by_scope = self._report.by_scope if self._report else {}
-        return by_scope.get(str(applied.scope), 0) if applied.scope is not None else 0
-
-
-def saliency_echo(sequences: list[dict[str, Any]], gated: bool) -> list[list[dict[str, Any]]]:
-    """What an answer shows of the saliency of its tokens: a list per sequence.
-
-    Where a gate judged them also the threshold and how many candidates were drawn and refused.
-    """
-    names = ("position", "token_id", "saliency", "threshold", "draws", "refusals", "fallback")
-    shown = names if gated else names[:3]
-    echo = []
-    for sequence in sequences:
-        tokens = [dict(zip(names, token, strict=True)) for token in sequence["tokens"]]
-        for token in tokens:
-            token["fallback"] = bool(token["fallback"])
-        echo.append([{name: token[name] for name in shown} for token in tokens])
-    return echo
-
-
-def attention_echo(readings: dict[str, Any] | None) -> dict[str, Any]:
-    """What an answer shows of the masses that were read in the workers.
-
-    image_centric_share: of the (query, head, layer) triples whose edit has a condition, the share
-    where it held. class_masses: per (layer, head), the masses of the edit's class A, class B and
-    of the image, at the last position and as the mean over the output positions.
-    """
-    echo: dict[str, Any] = {}
-    if readings and readings["considered"]:
-        echo["image_centric_share"] = readings["met"] / readings["considered"]
-    if readings and readings["masses"]:
-        names = ("class_a", "class_b", "image")
-        echo["class_masses"] = [
-            {
-                "layer": layer,
-                "head": head,
-                "last": dict(zip(names, last, strict=True)),
-                "output_mean": dict(zip(names, mean, strict=True)),
-            }
-            for layer, head, last, mean in sorted(readings["masses"])
-        ]
-    return echo
 
 
 async def forget_response(raw_request: Request, response_id: str) -> None:

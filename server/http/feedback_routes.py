@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from headway.server.engine.config import unsupported_feedback
+from headway.server.http import openapi
 from headway.server.http.registry_routes import ADMIN, in_thread, read_json_body
 from headway.server.http.state import steering_state
 from headway.server.registry.feedback import Verdict
@@ -14,7 +15,12 @@ from headway.steering import Reason, SteeringError
 router = APIRouter(prefix="/v1/steering")
 
 
-@router.post("/profiles/{name}/feedback", dependencies=ADMIN)
+@router.post(
+    "/profiles/{name}/feedback",
+    dependencies=ADMIN,
+    responses=openapi.FEEDBACK,
+    openapi_extra=openapi.FEEDBACK_BODY,
+)
 async def give_feedback(name: str, raw_request: Request) -> JSONResponse:
     """Feedback on a request that the profile steered: one gradient step on its probes.
 

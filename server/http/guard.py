@@ -14,8 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headway.server.http.carriage import Carriage, take_carriages
-from headway.server.http.errors import error_response
-from headway.server.http.metrics import REFUSED
+from headway.server.http.errors import refuse_early
 from headway.steering import Reason, SteeringError
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -43,10 +42,9 @@ class SteeringGuard:
         messages, body, whole = await _read(receive)
         carriage = find_steering(body, whole)
         if carriage is not None:
-            message = f"{_path(scope)} cannot steer; it would have ignored this"
+            message = f"{path_of(scope)} cannot steer; it would have ignored this"
             error = SteeringError(Reason.UNSUPPORTED, message, carriage.param)
-            REFUSED.labels(reason=str(error.reason)).inc()
-            await error_response(error)(scope, receive, send)
+            await refuse_early(error, scope, receive, send)
             return
 
         async def replay() -> Message:
@@ -55,7 +53,7 @@ class SteeringGuard:
         await self.app(scope, replay, send)
 
     def _guards(self, scope: Scope) -> bool:
-        path = _path(scope)
+        path = path_of(scope)
         if path.rstrip("/") in self.steerable or path.startswith(OWN_PREFIX):
             return False
         content_type = Headers(scope=scope).get("content-type", "")
@@ -95,6 +93,7 @@ async def _read(receive: Receive) -> tuple[list[Message], bytes, bool]:
     return messages, b"".join(chunks), False
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
+    """The path of a request, without that under which the app is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))

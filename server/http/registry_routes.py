@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
+from headway.server.http import metrics, openapi
 from headway.server.http.admin import require_admin
 from headway.server.http.state import steering_state
 from headway.server.registry.files import Upload, check_size
@@ -45,13 +46,18 @@ async def get_profiles(raw_request: Request) -> JSONResponse:
     return JSONResponse({"data": await in_thread(list_profiles, registry(raw_request))})
 
 
-@router.get("/profiles/{name}")
+@router.get("/profiles/{name}", responses=openapi.LOOK)
 async def get_profile(name: str, raw_request: Request) -> JSONResponse:
     """A profile, by name or `name@version`: its versions, and what it says about itself."""
     return JSONResponse(await in_thread(show_profile, registry(raw_request), name))
 
 
-@router.put("/profiles/{name}", dependencies=ADMIN)
+@router.put(
+    "/profiles/{name}",
+    dependencies=ADMIN,
+    responses=openapi.UPLOAD,
+    openapi_extra=openapi.PROFILE_BODY,
+)
 async def put_profile(name: str, raw_request: Request) -> JSONResponse:
     """Make the next version of a profile.
 
@@ -66,14 +72,19 @@ async def put_profile(name: str, raw_request: Request) -> JSONResponse:
     return JSONResponse(shown, _created(is_new))
 
 
-@router.delete("/profiles/{name}", dependencies=ADMIN)
+@router.delete("/profiles/{name}", dependencies=ADMIN, responses=openapi.DELETE)
 async def delete_profile(name: str, raw_request: Request) -> JSONResponse:
     """Remove a profile, or of `name@version` that version, with artefacts nothing else names."""
     versions, artifacts = await in_thread(registry(raw_request).delete_profile, name)
     return JSONResponse({"deleted": list(versions), "artifacts_deleted": list(artifacts)})
 
 
-@router.put("/artifacts/{digest}", dependencies=ADMIN)
+@router.put(
+    "/artifacts/{digest}",
+    dependencies=ADMIN,
+    responses=openapi.UPLOAD,
+    openapi_extra=openapi.ARTIFACT_BODY,
+)
 async def put_artifact(digest: str, raw_request: Request) -> JSONResponse:
     """Keep the bytes of the body, a vector profile, under their digest `sha256:...`."""
     held = registry(raw_request)
@@ -90,7 +101,7 @@ async def put_artifact(digest: str, raw_request: Request) -> JSONResponse:
 
 
 @router.head("/artifacts/{digest}", include_in_schema=False)
-@router.get("/artifacts/{digest}")
+@router.get("/artifacts/{digest}", responses=openapi.ARTIFACT)
 async def get_artifact(digest: str, raw_request: Request) -> Response:
     """The bytes of an artefact. They never change, as the ETag tells."""
     wanted = check_digest(digest, "digest")
@@ -104,7 +115,12 @@ async def get_artifact(digest: str, raw_request: Request) -> Response:
     return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
 
-@router.put("/presets/{name}", dependencies=ADMIN)
+@router.put(
+    "/presets/{name}",
+    dependencies=ADMIN,
+    responses=openapi.PRESET,
+    openapi_extra=openapi.PRESET_BODY,
+)
 async def put_preset(name: str, raw_request: Request) -> JSONResponse:
     """Create or replace a preset, which is also the model alias `<base>:<name>`.
 
@@ -117,7 +133,7 @@ async def put_preset(name: str, raw_request: Request) -> JSONResponse:
     return JSONResponse(preset.as_dict(), _created(is_new))
 
 
-@router.delete("/presets/{name}", dependencies=ADMIN)
+@router.delete("/presets/{name}", dependencies=ADMIN, responses=openapi.DELETE)
 async def delete_preset(name: str, raw_request: Request) -> JSONResponse:
     """Remove a preset."""
     await in_thread(registry(raw_request).delete_preset, name)
@@ -137,6 +153,7 @@ async def in_thread(function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.to_thread(function, *args)
     except OSError as error:
         logger.exception("the registry failed on disk")
+        metrics.FAILURES.labels(stage="registry").inc()
         message = f"the registry failed on disk: {error.strerror}"
         raise SteeringError(Reason.STEERING_FAILED, message, "registry") from None
 

@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from headway.server.engine.request import SteeringRequest, attach
 from headway.server.http.carriage import take_carriages
+from headway.server.http.openapi import SPEC_SCHEMA
 
 
 class Steerable(OpenAIBaseModel):
@@ -29,6 +30,7 @@ class Steerable(OpenAIBaseModel):
     steering: Any = Field(
         default=None,
         description="How to steer this request; see GET /v1/steering/capabilities.",
+        json_schema_extra=SPEC_SCHEMA,
     )
     _steering_request: SteeringRequest | None = PrivateAttr(default=None)
     _reached_engine: bool = PrivateAttr(default=False)

@@ -29,6 +29,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from headway.server.http.exchange import Exchange
+from headway.server.http.observation import Observation
 from headway.server.http.prompts import check_prompt
 from headway.server.http.requests import (
     SteerableChatCompletionRequest,
@@ -88,7 +89,9 @@ ROUTE: dict[str, Any] = {
             for status in (
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.NOT_FOUND,
+                HTTPStatus.REQUEST_TIMEOUT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                HTTPStatus.TOO_MANY_REQUESTS,
                 HTTPStatus.INTERNAL_SERVER_ERROR,
             )
         },
@@ -119,13 +122,15 @@ async def create_responses(request: SteerableResponsesRequest, raw_request: Requ
 async def answer(endpoint: Endpoint, body: Any, raw_request: Request) -> Any:
     """vLLM's own route for an unsteered request, ours for a steered one."""
     state = steering_state(raw_request)
-    steering = state.resolve(body.steering, body.model, body)
+    observation = Observation.begin(raw_request, state.tracer)
+    with observation.part("compile"):
+        steering = state.resolve(body.steering, body.model, body)
     if steering is None:
         return await endpoint.stock_route(body, raw_request)
     body.model = steering.model
     # The parts of a message can be read only once from vLLM's request models; the JSON is kept.
     messages = check_prompt(steering.program, await raw_request.json())
-    exchange = Exchange(state, steering, body, raw_request, messages)
+    exchange = Exchange(state, steering, body, raw_request, messages, observation)
     return await answer_steered(exchange, raw_request, endpoint)
 
 
@@ -158,6 +163,7 @@ async def answer_steered(exchange: Exchange, raw_request: Request, endpoint: End
         outcome = "ok"
         return response
     except SteeringError as error:
+        exchange.error = error
         outcome = "failed" if error.reason is Reason.STEERING_FAILED else "error"
         raise
     except Exception as raised:

@@ -18,6 +18,10 @@ from headway.server.engine.config import (
 )
 from headway.server.engine.held_artifacts import HeldArtifacts
 from headway.server.http.carriage import Carriage, single, split_alias
+from headway.server.http.clients import ANONYMOUS, Clients
+from headway.server.http.errors import steering_failure
+from headway.server.http.lifetime import Lifetime
+from headway.server.http.limits import Limits, Places
 from headway.server.http.presets import Preset
 from headway.server.registry.feedback import FeedbackCollector
 from headway.server.registry.readings import ReadingStore
@@ -48,22 +52,26 @@ class ResolvedSteering:
 
 
 class ReportStore:
-    """The last reports by response id."""
+    """The last reports by client and response id: clients may choose ids, and see others'."""
 
     def __init__(self, capacity: int = MAX_REPORTS) -> None:
         self._capacity = capacity
-        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._reports: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
 
-    def put(self, request_id: str, report: dict[str, Any]) -> None:
+    def put(self, request_id: str, report: dict[str, Any], client: str = ANONYMOUS) -> None:
         """Keep a report, forgetting the oldest beyond the capacity."""
-        self._reports[request_id] = report
-        self._reports.move_to_end(request_id)
+        self._reports[client, request_id] = report
+        self._reports.move_to_end((client, request_id))
         while len(self._reports) > self._capacity:
             self._reports.popitem(last=False)
 
-    def get(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a response, None if there is none (any more)."""
-        return self._reports.get(request_id)
+    def get(self, request_id: str, client: str = ANONYMOUS) -> dict[str, Any] | None:
+        """The report of a client's response, None if there is none (any more)."""
+        return self._reports.get((client, request_id))
+
+    def knows(self, request_id: str) -> bool:
+        """Whether there is a report of a response, of whatever client."""
+        return any(known == request_id for _, known in list(self._reports))
 
 
 @dataclass
@@ -79,6 +87,11 @@ class SteeringState:
     registry: Registry | None = None  # None for a dry run
     reports: ReportStore = field(default_factory=ReportStore)
     resident: frozenset[str] = frozenset()  # artefacts that the workers have had since the start
+    lifetime: Lifetime = field(default_factory=Lifetime)
+    tracer: Any = None  # OpenTelemetry's, where vLLM traces
+    clients: Clients = field(default_factory=Clients)
+    limits: Limits = field(default_factory=Limits)
+    places: Places = field(init=False)
     held: HeldArtifacts = field(init=False)
     users: Counter[str] = field(default_factory=Counter)  # running requests of a vector profile
     readings: ReadingStore = field(default_factory=ReadingStore)
@@ -87,11 +100,10 @@ class SteeringState:
     def __post_init__(self) -> None:
         limit = max_vector_bytes(self.vllm_config)
         self.held = HeldArtifacts(self.client, limit, self.resident)
+        self.places = Places(self.limits)
         if self.registry is not None:
             self.registry.in_use = lambda digest: self.users[digest] > 0
-            self.feedback = FeedbackCollector(
-                self.registry, self.readings, lambda found: self.reports.get(found) is not None
-            )
+            self.feedback = FeedbackCollector(self.registry, self.readings, self.reports.knows)
 
     def is_served(self, model: str) -> bool:
         """Whether `model` is a served name: a base model or an adapter."""
@@ -118,8 +130,13 @@ class SteeringState:
 
     def _compile(self, carriage: Carriage, model: str | None, options: Any) -> ResolvedSteering:
         spec = carriage.spec()
-        presets = {name: preset.methods for name, preset in self.presets.items()}
-        program = compile_spec(spec, self.geometry, presets, carriage.param)
+        try:
+            presets = {name: preset.methods for name, preset in self.presets.items()}
+            program = compile_spec(spec, self.geometry, presets, carriage.param)
+        except SteeringError:
+            raise
+        except Exception as error:
+            raise steering_failure("compile", error) from error
         refuse_unsupported(program, self.vllm_config, carriage.param)
         reason = unsupported_request(self.vllm_config)
         if reason:

@@ -14,7 +14,9 @@ from headway.server.engine.config import (
     unsupported_attention,
     unsupported_saliency,
 )
+from headway.server.http import openapi
 from headway.server.http.carriage import CARRIAGES
+from headway.server.http.clients import current_client
 from headway.server.http.dry_run import compile_body, cost_class, describe
 from headway.server.http.errors import error_response
 from headway.server.http.state import MAX_REPORTS, SteeringState, steering_state
@@ -64,13 +66,22 @@ async def capabilities(raw_request: Request) -> JSONResponse:
                 "slots": state.vllm_config.scheduler_config.max_num_seqs,
                 "reports": MAX_REPORTS,
                 "sgrs_requests": max_sgrs_requests(state.vllm_config),
+                "steered_requests": state.limits.max_steered_requests,
+                "steered_per_key": state.limits.max_steered_per_key,
+                "sgrs_per_key": state.limits.max_sgrs_per_key,
+                "body_bytes": state.limits.body_bytes,
             },
             "engine": _engine(state),
         }
     )
 
 
-@router.post("/compile", dependencies=[Depends(validate_json_request)])
+@router.post(
+    "/compile",
+    dependencies=[Depends(validate_json_request)],
+    responses=openapi.COMPILE,
+    openapi_extra=openapi.COMPILE_BODY,
+)
 async def compile_request(body: dict[str, Any], raw_request: Request) -> Response:
     """The program that a request body would get, or the error it would meet; nothing is run.
 
@@ -90,10 +101,10 @@ async def presets(raw_request: Request) -> JSONResponse:
     return JSONResponse({"data": [preset.as_dict() for preset in state.presets.values()]})
 
 
-@router.get("/reports/{request_id}")
+@router.get("/reports/{request_id}", responses=openapi.REPORT)
 async def report(request_id: str, raw_request: Request) -> JSONResponse:
-    """What steering did in a finished answer, by the id of the answer."""
-    found = steering_state(raw_request).reports.get(request_id)
+    """What steering did in a finished answer, by its id, for who has the API key that asked."""
+    found = steering_state(raw_request).reports.get(request_id, current_client())
     if found is None:
         detail = f"no report of {request_id[:80]}; this server keeps its last {MAX_REPORTS}"
         raise HTTPException(404, detail)

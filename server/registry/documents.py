@@ -122,7 +122,7 @@ def read_header(path: Path, param: str) -> VectorHeader:
         with safe_open(str(path), framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "null")
         return VectorHeader.parse(json.loads(text), param)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         if isinstance(error, SteeringError):
             raise
         message = f"cannot be read as a vector profile: {error}"

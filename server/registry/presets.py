@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,15 @@ class RegistryPresets(Mapping[str, Preset]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def items(self) -> ItemsView[str, Preset]:
+        """Those that are there now. What is deleted meanwhile, by whomever, is left out."""
+        now = ((name, self.get(name)) for name in self)
+        return {name: preset for name, preset in now if preset is not None}.items()
+
+    def values(self) -> ValuesView[Preset]:
+        """As `items`."""
+        return dict(self.items()).values()
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Preset -> the profiles that it names; of all presets, also those of other models."""

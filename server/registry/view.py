@@ -58,7 +58,12 @@ class RegistryProfiles:
         if digest is not None:
             profile = self._by_digest(digest)
             return None if profile is None else FoundProfile(reference, profile)
-        record = self.record(reference)
+        try:
+            record = self.record(reference)
+        except SteeringError:
+            if self._is_gone(self._digest(reference)):
+                return None
+            raise
         loaded = None if record is None else self.load(record)
         if record is None or loaded is None:
             return None
@@ -140,7 +145,25 @@ class RegistryProfiles:
         if given is not None:
             return given
         path = self._store.artifact(digest)
-        return None if path is None else self.vectors.load(digest, path)
+        if path is None:
+            return None
+        try:
+            return self.vectors.load(digest, path)
+        except SteeringError:
+            if self._is_gone(digest):
+                return None  # deleted between the look and the load
+            raise
+
+    def _digest(self, reference: str) -> str | None:
+        """The artefact that a version refers to, if it can be read that far."""
+        version = self._version(reference)
+        if version is None or version.version is None:
+            return None
+        return self._store.digest(version.name, version.version)
+
+    def _is_gone(self, digest: str | None) -> bool:
+        """Whether an artefact that a version refers to does not exist; None: it has none."""
+        return digest is not None and self._store.artifact(digest) is None
 
     def _given_vectors(self, digest: str) -> VectorProfile | None:
         for profile in self.given.profiles.values():

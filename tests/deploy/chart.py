@@ -73,6 +73,7 @@ def render_files(overrides: Mapping[str, Any], release: str = "headway") -> dict
         "Values": values_of(overrides),
         "Chart": {"Name": about["name"], "Version": about["version"]},
         "Release": {"Name": release, "Namespace": NAMESPACE, "Service": "Helm"},
+        "Files": {"Get": lambda name: (CHART / name).read_text()},
     }
     dot["Chart"]["AppVersion"] = about["appVersion"]
     templates = Templates()

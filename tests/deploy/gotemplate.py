@@ -2,8 +2,9 @@
 
 Actions: `{{ pipeline }}` with trim markers, comments, `$name := pipeline`, `define`, `if` / `else
 if` / `else`, `with`, `range` (also `range $key, $value :=`), `end`. Operands: `.`, `.path`,
-`$name.path`, strings, whole numbers, true, false, (pipelines). Functions: those of `FUNCTIONS`, and
-`include`. Everything else is refused. Stricter than Helm: printing nothing is an error.
+`$name.path`, strings, whole numbers, true, false, (pipelines). Functions: those of `FUNCTIONS`,
+`include`, and those that a path leads to, such as `.Files.Get`. Everything else is refused.
+Stricter than Helm: printing nothing is an error.
 """
 
 from __future__ import annotations
@@ -296,6 +297,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "or": either,
     "printf": printf,
     "quote": lambda value: json.dumps(as_text(value), ensure_ascii=False),
+    "replace": lambda old, new, text: text.replace(old, new),
     "required": required,
     "sha256sum": lambda text: hashlib.sha256(text.encode()).hexdigest(),
     "toJson": to_json,

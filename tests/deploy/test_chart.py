@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonschema import ValidationError
 
-from headway.server.http.admin import KEY_VARIABLE
+from headway.server.http.admin import FILE_VARIABLE
 from headway.steering import parse_spec
 from tests.deploy.chart import (
     CHART,
@@ -115,11 +115,18 @@ def test_a_kill_comes_after_everything_that_may_take_time() -> None:
 
 
 def test_keys_are_only_referred_to() -> None:
-    environment = {each["name"]: each for each in container(workloads(EVERYTHING)["all"])["env"]}
-    assert environment[KEY_VARIABLE]["valueFrom"]["secretKeyRef"] == {
-        "name": "admin",
-        "key": "keys",
-    }
+    workload = workloads(EVERYTHING)["all"]
+    environment = {each["name"]: each for each in container(workload)["env"]}
+    assert environment[FILE_VARIABLE]["value"] == "/etc/headway/keys/keys"
+    mounts = {each["name"]: each["mountPath"] for each in container(workload)["volumeMounts"]}
+    assert mounts["admin-keys"] == "/etc/headway/keys", "a folder: a file would not be rotated"
+    (volume,) = [
+        each
+        for each in workload["spec"]["template"]["spec"]["volumes"]
+        if each["name"] == "admin-keys"
+    ]
+    assert volume["secret"]["secretName"] == "admin"
+    assert volume["secret"]["items"] == [{"key": "keys", "path": "keys"}]
     assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
     assert "VLLM_API_KEY" not in environment
     for name in VALUES:
@@ -127,6 +134,8 @@ def test_keys_are_only_referred_to() -> None:
         assert not of_kind(documents, "Secret")
         (workload,) = workloads(named_values(name)).values()
         for each in container(workload)["env"]:
+            if each["name"] == FILE_VARIABLE:
+                continue
             assert ("KEY" in each["name"] or "TOKEN" in each["name"]) <= ("valueFrom" in each)
 
 

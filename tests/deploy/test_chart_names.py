@@ -2,8 +2,6 @@
 
 import json
 import re
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,22 +9,19 @@ import yaml
 from headway.server.http import metrics
 from tests.deploy.chart import DEPLOY, ROOT, render
 from tests.deploy.chart_cases import CASES, container, of_kind, workloads
+from tests.deploy.exported import VALUES, exported, source_of_vllm
 
 pytestmark = pytest.mark.unit
-
-
-def source_of_vllm(*paths: str) -> str:
-    """Source text of vLLM, without importing it."""
-    spec = find_spec("vllm")
-    assert spec is not None and spec.origin is not None
-    return "".join((Path(spec.origin).parent / path).read_text() for path in paths)
 
 
 def test_options_exist() -> None:
     sources = source_of_vllm("engine/arg_utils.py", "entrypoints/launchers/cli_args.py")
     sources += "".join(
         (ROOT / "server" / path).read_text()
-        for path in ("commands/serve.py", "commands/model.py", "http/admin.py")
+        for path in (
+            *("commands/serve.py", "commands/model.py", "commands/limit_options.py"),
+            "http/admin.py",
+        )
     )
     known = set(re.findall(r'"(--[a-z][a-z-]+)"', sources))
     used = {
@@ -41,23 +36,13 @@ def test_options_exist() -> None:
     assert used and used <= known, used - known
 
 
-def exported() -> set[str]:
-    """The names of samples that vLLM and Headway export."""
-    names = set(re.findall(r'name="(vllm:[a-z_]+)"', source_of_vllm("v1/metrics/loggers.py")))
-    for metric in vars(metrics).values():
-        if isinstance(metric, (metrics.Counter, metrics.Gauge)):
-            for family in metric.describe():
-                names.add(family.name + ("_total" if family.type == "counter" else ""))
-    return names
-
-
 def test_metrics_exist() -> None:
     rendered = json.dumps([render(CASES[case]) for case in ("hpa", "keda")])
     adapter = (DEPLOY / "examples" / "prometheus-adapter.yaml").read_text()
     rules = yaml.safe_load(adapter)["rules"]["custom"]
     made = {rule["name"]["as"] for rule in rules}
-    series = re.findall(r"(?:vllm:|headway_)[a-z_]+(?=\{)", rendered + adapter)
-    assert set(series) and set(series) <= exported(), set(series) - exported()
+    series = set(re.findall(r"(?:vllm:|headway_)[a-z_]+(?=\{)", rendered + adapter))
+    assert series and series <= exported().keys(), series - exported().keys()
     asked = {
         metric["pods"]["metric"]["name"]
         for scaler in of_kind(render(CASES["hpa"]), "HorizontalPodAutoscaler")
@@ -67,8 +52,19 @@ def test_metrics_exist() -> None:
 
 
 def test_the_states_of_slots_exist() -> None:
-    source = (ROOT / "server" / "http" / "metrics.py").read_text()
-    assert 'for state in ("used", "free")' in source
+    worker = {"slots": {"used": 1, "free": 2}, "step_seconds": {"counts": [0] * 12, "sum": 0.0}}
+    metrics.WorkerStatistics().update([[worker]])
+    (family,) = metrics.SLOTS.collect()
+    assert {sample.labels["state"] for sample in family.samples} == VALUES["state"]
+
+
+def test_the_stages_of_failures_are_known() -> None:
+    """The series of another one would begin with its first failure, which no alert would see."""
+    source = "".join(path.read_text() for path in (ROOT / "server").rglob("*.py"))
+    called = r'(?:guard\(|steering_failure\(\s*|stage=|_fail\([^")]*?, )"([a-z_]+)"'
+    named = r'(?:stage, why = |\bSTAGE = )"([a-z_]+)"'
+    used = set(re.findall(called, source)) | set(re.findall(named, source))
+    assert used == set(metrics.FAILURE_STAGES)
 
 
 def test_paths_exist() -> None:

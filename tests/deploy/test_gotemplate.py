@@ -8,7 +8,10 @@ from tests.deploy.gotemplate import TemplateError, Templates, to_json, to_yaml
 
 pytestmark = pytest.mark.unit
 
-DOT = {"a": {"b": "x y"}, "list": [1, 2], "map": {"z": 1, "k": 2}, "no": None, "zero": 0}
+DOT = {
+    **{"a": {"b": "x y"}, "list": [1, 2], "map": {"z": 1, "k": 2}, "no": None, "zero": 0},
+    "files": {"Get": lambda name: f"text of {name}"},
+}
 
 
 def render(source: str, dot: Any = DOT) -> str:
@@ -37,6 +40,7 @@ def render(source: str, dot: Any = DOT) -> str:
         ('{{ define "n" }}<{{ .b }}>{{ end }}{{ include "n" .a | nindent 2 }}', "\n  <x y>"),
         ('{{ $v := .a.b }}{{ if true }}{{ $v := "in" }}{{ end }}{{ $v }}', "x y"),
         ("{{ .map | toYaml | nindent 2 }}", "\n  k: 2\n  z: 1"),
+        ('{{ .files.Get "a" | replace "t" (printf "\\"%s\\"" .zero) }}', '"0"ex"0" of a'),
     ],
 )
 def test_renders_as_go_does(source: str, text: str) -> None:

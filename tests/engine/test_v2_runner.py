@@ -17,9 +17,15 @@ import pytest
 from transformers import AutoProcessor
 
 from headway.steering import SteeringProgram
-from headway.steering.artifacts import encode_artifact
+from headway.steering.artifacts import ResidualArtifact, encode_artifact
 from headway.steering.head_words import HeadField, HeadWords, index_shifts
-from headway.steering.program import AppliedMethod, HeadEdit, QueryScope, ResidualEdit
+from headway.steering.program import (
+    AppliedMethod,
+    HeadEdit,
+    QueryScope,
+    ResidualEdit,
+    ResidualForm,
+)
 from tests.engine.harness import Job, program
 from tests.engine.test_var import LLAVA, QUESTIONS, Question, var
 from tests.residual import drawn_artifact, residual_program
@@ -48,6 +54,14 @@ def shifted() -> SteeringProgram:
 
 
 ARTIFACT = drawn_artifact(7, LLAVA.hidden_size)
+HUGE = ResidualArtifact.constant(np.full(LLAVA.hidden_size, 3e38, np.float32))
+ENCODED = [encode_artifact(ARTIFACT), encode_artifact(HUGE)]
+OVERFLOW = residual_program(
+    *(
+        ResidualEdit(layer, HUGE.digest, 1.0, QueryScope.ALL, form=ResidualForm.ADD)
+        for layer in (1, 2)
+    )
+)
 HEADS = [[0, 1], [1, 6], [3, 2]]
 PROGRAMS = {
     "VAR": var(layers=[1, 2, 3], rho=0.3),
@@ -72,7 +86,7 @@ PROGRAMS = {
         ResidualEdit(3, ARTIFACT.digest, -0.6),
     ),
 }
-CASES = ("mixed", "disturbed", "warm")
+CASES = ("mixed", "disturbed", "warm", "behind overflow")
 ON_TEXT = ("LocoRE, any token", "emphasis", "zero", "uniform", "identity", "shifts")
 
 
@@ -111,6 +125,9 @@ def cases(llava_folder) -> dict[str, Case]:
             forget_cache=True,
         ),
         "warm": Case(some("VAR and VHR", "residual edits", "VHR auto")),
+        "overflow": Case({"bad": Job(text, OVERFLOW, MAX_TOKENS), **some("text", "emphasis")}),
+        # In the blocks that the overflow has left.
+        "behind overflow": Case(some("text"), forget_cache=True),
     }
 
 
@@ -131,7 +148,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
         "seed": 0,
     }
     runs = [(case.jobs, case.options) for case in cases.values()]
-    task = {"engine": engine, "artifacts": [encode_artifact(ARTIFACT)], "runs": runs}
+    task = {"engine": engine, "artifacts": ENCODED, "runs": runs}
     (folder / "task").write_bytes(pickle.dumps(task))
     script = Path(__file__).parent / "v2_run.py"
     done = subprocess.run(
@@ -151,7 +168,7 @@ def v2(tmp_path_factory, llava_folder, cases) -> dict[str, tuple[list, list]]:
 @pytest.fixture(scope="module")
 def v1(llava, cases) -> dict[str, tuple[list, list]]:
     """The same from the V1 engine on CPU."""
-    llava.llm.collective_rpc("headway_load_artifacts", args=([encode_artifact(ARTIFACT)],))
+    llava.llm.collective_rpc("headway_load_artifacts", args=(ENCODED,))
     done = {}
     for name, case in cases.items():
         options = dict(case.options)
@@ -201,6 +218,21 @@ def assert_readings_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert [mass[:2] for mass in got["masses"]] == [mass[:2] for mass in want["masses"]]
     for ours, theirs in zip(got["masses"], want["masses"], strict=True):
         np.testing.assert_allclose(ours[2:], theirs[2:], atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["v1", "v2"])
+def test_an_edit_that_overflows_ends_alone(request, engine):
+    """On GPU the host learns of it with the sampled tokens, and without waiting."""
+    done = request.getfixturevalue(engine)
+    results, reports = done["overflow"]
+    bad, *others = results
+    assert (bad.finish_reason, bad.tokens) == ("error", [])
+    assert reports[0]["failed_stage"] == "nonfinite"
+    by_name = dict(zip(PROGRAMS, done["mixed"][0][2:], strict=True))
+    for got, want in zip(others, (done["mixed"][0][1], by_name["emphasis"]), strict=True):
+        assert got.finish_reason == "length"
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
 def test_cached_blocks_of_steered_requests_are_used(cases, v2):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -46,9 +46,10 @@ START_SECONDS = 180
 class Server:
     """Where the server is, and how to talk to it."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self.process = process
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
     def metric(self, name: str, /, **labels: str) -> float:
@@ -76,8 +77,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from running_server(folder, ensure_smollm2(), (*FLAGS, *presets))
 
 
-def running_server(folder: Path, model: str | Path, flags: Sequence[str]) -> Iterator[Server]:
-    """A server of a model with these flags; it ends when the iterator does."""
+def running_server(
+    folder: Path,
+    model: str | Path,
+    flags: Sequence[str],
+    settings: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server of a model with these flags; it ends when the iterator does.
+
+    settings: environment variables that it has besides those of this process. headers: of all
+    requests.
+    """
     port = free_port()
     log = folder / "server.log"
     address = ("--host", "127.0.0.1", "--port", str(port))
@@ -88,6 +99,7 @@ def running_server(folder: Path, model: str | Path, flags: Sequence[str]) -> Ite
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "HF_HUB_OFFLINE": "1",
         "HEADWAY_HOME": str(folder / "home"),
+        **(settings or {}),
     }
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -99,7 +111,8 @@ def running_server(folder: Path, model: str | Path, flags: Sequence[str]) -> Ite
             start_new_session=True,
         )
     try:
-        running = Server(port, log)
+        running = Server(port, log, process)
+        running.http.headers.update(headers or {})
         wait_until_ready(running, process)
         yield running
     finally:

@@ -112,6 +112,7 @@ def test_a_plugin_that_does_not_load_ends_the_start(monkeypatch: pytest.MonkeyPa
 def arguments(**values: object) -> Namespace:
     settings = {"grpc": False, "model_tag": "m", "additional_config": {}, "steering_profile": []}
     settings |= {"max_sgrs_requests": None, "max_vector_memory": None}
+    settings |= {"steering_api_key_file": None, "isolate_tenants": False}
     return Namespace(**settings | values)
 
 
@@ -125,6 +126,36 @@ def test_serve_hands_the_limit_of_sgrs_to_the_engine() -> None:
     assert args.additional_config == {"headway": {"max_sgrs_requests": 0}}
     with pytest.raises(ValueError, match="--max-sgrs-requests -1"):
         serve.switch_on(arguments(max_sgrs_requests=-1))
+
+
+@pytest.mark.parametrize(("dead", "code"), [(False, 0), (True, 1)])
+def test_serve_tells_how_it_ended(
+    dead: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM returns alike when it was told to end and when its engine has died."""
+
+    class Command:
+        def validate(self, args: Namespace) -> None:
+            pass
+
+        def cmd(self, args: Namespace) -> None:
+            args.headway_lifetime = SimpleNamespace(engine_died=dead)
+
+    given = arguments(steering_api_key=[])
+    parser = SimpleNamespace(parse_args=lambda argv: given)
+    monkeypatch.setattr("vllm.entrypoints.cli.serve.ServeSubcommand", Command)
+    utilities = "vllm.entrypoints.serve.utils.api_utils"
+    for name in (f"{utilities}.cli_env_setup", "vllm.logger.configure_logging_from_args"):
+        monkeypatch.setattr(name, lambda *args: None)
+    monkeypatch.setattr(serve, "allow_headway", lambda environment: [])
+    monkeypatch.setattr(serve, "build_parser", lambda command: parser)
+    monkeypatch.setattr(serve, "check", lambda args: None)
+    assert serve.main(["m"]) == code
+    assert ("the engine died" in capsys.readouterr().err) is dead
+
+
+def test_a_server_that_never_had_an_engine_was_not_left_by_it() -> None:
+    assert not serve.engine_died(arguments())
 
 
 def test_serve_hands_the_memory_for_vectors_to_the_engine() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from headway.server.engine.client import SteeringClient
+from headway.server.engine import client
+from headway.server.engine.client import EngineGoneError, SteeringClient
 from headway.server.engine.report import EngineReport
 
 pytestmark = pytest.mark.unit
@@ -23,6 +26,8 @@ class Core:
 
 
 class Engine:
+    errored = False
+
     def __init__(self, answers):
         self.engine_core = Core(answers)
 
@@ -59,6 +64,58 @@ async def test_the_call_is_the_engine_cores_collective_rpc():
     engine = Engine([[None]])
     await SteeringClient(engine).pop_report("id")
     assert engine.engine_core.asked == ("collective_rpc", "headway_pop_report", None, ("id",), None)
+
+
+async def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch):
+    """vLLM's call has no answer then, and no error either."""
+    monkeypatch.setattr(client, "LIVENESS_SECONDS", 0.01)
+    engine = Engine([])
+    unanswered = asyncio.Event()
+
+    async def never(*call):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            unanswered.set()
+
+    engine.engine_core.call_utility_all_async = never
+    asking = asyncio.create_task(SteeringClient(engine).pop_report("id"))
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    engine.errored = True
+    with pytest.raises(EngineGoneError, match="headway_pop_report"):
+        await asyncio.wait_for(asking, 2)
+    assert unanswered.is_set()
+
+
+async def test_a_call_ends_with_whoever_asked():
+    engine = Engine([])
+    cancelled = asyncio.Event()
+
+    async def never(*call):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    engine.engine_core.call_utility_all_async = never
+    asking = asyncio.create_task(SteeringClient(engine).statistics())
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await asyncio.wait_for(cancelled.wait(), 2)
+
+
+async def test_what_the_workers_raise_is_raised():
+    engine = Engine([])
+
+    async def raises(*call):
+        raise RuntimeError("Call to collective_rpc method failed")
+
+    engine.engine_core.call_utility_all_async = raises
+    with pytest.raises(RuntimeError, match="collective_rpc"):
+        await SteeringClient(engine).load_artifacts([], "me")
 
 
 @pytest.mark.parametrize(

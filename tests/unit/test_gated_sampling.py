@@ -182,6 +182,8 @@ def test_the_sampler_is_left_as_it_was():
         runner.sampler(logits, metadata_of(MIXED))
     assert "sample" not in vars(runner.sampler)
     assert tape.seconds > before and runner.steering.step_seconds.as_dict() != started
+    report = runner.steering.reports.of(runner.steering.requests["a"].report_id)
+    assert report.seconds == pytest.approx(tape.seconds - before)
 
 
 def test_a_sampler_that_was_not_asked_ends_the_gated_requests():

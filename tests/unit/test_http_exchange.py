@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from headway.server.engine.report import EngineReport
 from headway.server.http import exchange as exchange_module
 from headway.server.http import metrics
+from headway.server.http import state as state_module
 from headway.server.http.carriage import Carriage
 from headway.server.http.exchange import Exchange
+from headway.server.http.lifetime import Lifetime
 from headway.server.http.presets import Preset
 from headway.server.http.requests import SteerableChatCompletionRequest
 from headway.server.http.state import ReportStore, SteeringState
 from headway.steering import EXTRA_ARG, ModelGeometry, Reason, SteeringError
+from headway.steering.artifacts import ResidualArtifact
 
 pytestmark = pytest.mark.unit
 
@@ -128,6 +133,84 @@ async def test_an_unconfirmed_answer_is_withheld(
     responses = exchange.raw_request.app.state.openai_serving_responses
     assert list(responses.response_store) == ["other"]
     metrics.UNSTEERED.reset()
+
+
+@pytest.mark.parametrize("report", [None, RuntimeError("Server shutting down")])
+async def test_an_answer_that_the_end_of_the_server_cuts_off_is_to_be_asked_for_again(
+    report: Exception | None,
+) -> None:
+    counted = metrics.UNSTEERED._value.get()
+    state = make_state(report)
+    state.lifetime = Lifetime(SimpleNamespace(errored=True))
+    with pytest.raises(SteeringError, match="send the request again") as caught:
+        await make_exchange(state).complete()
+    assert (caught.value.status, caught.value.reason) == (503, Reason.UNAVAILABLE)
+    assert metrics.UNSTEERED._value.get() == counted
+
+
+async def test_a_failure_is_a_failure_also_while_the_server_ends() -> None:
+    state = make_state(EngineReport(1, 9, 3, "edit", "ValueError: x"))
+    state.lifetime = Lifetime(SimpleNamespace(errored=True))
+    with pytest.raises(SteeringError, match="stage edit") as caught:
+        await make_exchange(state).complete()
+    assert caught.value.status == 500
+
+
+class Unloadable:
+    """Held artefacts that the workers do not take."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def acquire(self, artifacts: Any) -> list[str]:
+        raise self.error
+
+    def release(self, digests: Any) -> None:
+        assert list(digests) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "ends", "reason", "text"),
+    [
+        (RuntimeError("/etc/secret"), False, Reason.STEERING_FAILED, "stage load: RuntimeError"),
+        (RuntimeError("/etc/secret"), True, Reason.UNAVAILABLE, "send the request again"),
+        (SteeringError(Reason.CAPACITY, "full"), False, Reason.CAPACITY, "full"),
+    ],
+    ids=["raises", "ends", "no room"],
+)
+async def test_vectors_that_cannot_be_loaded(
+    error: Exception, ends: bool, reason: Reason, text: str
+) -> None:
+    state = make_state(None)
+    state.held = Unloadable(error)  # type: ignore[assignment]
+    state.lifetime = Lifetime(SimpleNamespace(errored=ends))
+    counted = metrics.FAILURES.labels(stage="load")._value.get()
+    exchange = make_exchange(state, run=False)
+    artifact = ResidualArtifact.constant(np.ones(GEOMETRY.hidden_size, np.float32))
+    program = replace(exchange.steering.program, artifacts=(artifact,))
+    exchange.steering = replace(exchange.steering, program=program)
+    with pytest.raises(SteeringError) as caught:
+        await exchange.load()
+    exchange.close("failed")
+    assert caught.value.reason is reason
+    assert text in caught.value.message and "secret" not in caught.value.message
+    failed = reason is Reason.STEERING_FAILED
+    assert metrics.FAILURES.labels(stage="load")._value.get() == counted + failed
+
+
+def test_a_spec_that_cannot_be_compiled_tells_nothing_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compile_spec(*args: Any) -> Any:
+        raise KeyError("/etc/secret")
+
+    monkeypatch.setattr(state_module, "compile_spec", compile_spec)
+    counted = metrics.FAILURES.labels(stage="compile")._value.get()
+    with pytest.raises(SteeringError, match="stage compile: KeyError") as caught:
+        make_state().resolve(FIELD, "base", None)
+    assert (caught.value.status, caught.value.reason) == (500, Reason.STEERING_FAILED)
+    assert "secret" not in str(caught.value)
+    assert metrics.FAILURES.labels(stage="compile")._value.get() == counted + 1
 
 
 @pytest.mark.parametrize(

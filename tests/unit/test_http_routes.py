@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -160,3 +161,34 @@ async def test_every_end_is_counted_once() -> None:
     await post(make_app(VLLM_ERROR), steering=STEERED)
     assert ends() == before + 4
     assert metrics.ACTIVE._value.get() == active
+
+
+async def test_a_client_that_does_not_read_holds_up_its_own_stream_only() -> None:
+    """Nothing is collected for it: the next chunk is asked for when the last one has left."""
+    pulled, ended, outcomes = 0, asyncio.Event(), []
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        nonlocal pulled
+        try:
+            while True:
+                pulled += 1
+                yield "data: x\n\n"
+        finally:
+            ended.set()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # its buffers are full
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    exchange: Any = SimpleNamespace(headers={}, close=outcomes.append)
+    stream = routes.SteeredStream(exchange, chunks(), 0.0)
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    serving = asyncio.create_task(stream(scope, receive, send))
+    await asyncio.sleep(0.05)
+    assert pulled == 1 and not serving.done()
+    serving.cancel()  # as uvicorn does where the wait for connections is over
+    await asyncio.wait({serving}, timeout=2)
+    assert serving.done() and ended.is_set() and outcomes == ["cancelled"]

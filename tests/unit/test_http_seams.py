@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponseStreamChoice,
     ChatCompletionStreamResponse,
@@ -20,6 +24,7 @@ from vllm.entrypoints.openai.completion.protocol import (
 )
 from vllm.entrypoints.openai.models.api_router import attach_router as register_models
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.plugins.endpoint_plugins import interface
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 
 from headway.server.http.plugin import HeadwayEndpoints
@@ -90,6 +95,18 @@ def test_the_chunks_that_may_be_last_are_known_by_their_text() -> None:
     for model in (ChatCompletionStreamResponse, CompletionStreamResponse):
         last = model(model="m", choices=[], usage=usage)
         assert NO_CHOICES in last.model_dump_json(exclude_none=True)
+
+
+def test_how_vllm_ends_a_server() -> None:
+    """SIGTERM shuts the engine client down, the server can be found, the dead engine told."""
+    source = inspect.getsource(launcher.serve_http)
+    for words in ("partial(engine_client.shutdown", "app.state.server = server"):
+        assert words in source
+    assert "async_llm.shutdown(" in inspect.getsource(entry)
+    assert "plugin.init_state(engine_client, state, args)" in inspect.getsource(interface)
+    worker = inspect.getsource(entry.build_and_serve)
+    assert "init_app_state(engine_client, app.state, args, supported_tasks)" in worker
+    assert "timeout_graceful_shutdown" in inspect.signature(uvicorn.Config).parameters
 
 
 async def test_endpoints_without_the_engine_do_not_start() -> None:

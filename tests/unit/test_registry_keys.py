@@ -95,7 +95,7 @@ def test_keys_leave_the_arguments(caplog: pytest.LogCaptureFixture) -> None:
     assert keys and "secret" not in repr(vars(keys))
     for key in ("secret-one", "secret-two"):
         keys.check({KEY_HEADER: key})
-    serve.move_keys(Namespace(steering_api_key=[]), environment)
+    serve.move_keys(Namespace(steering_api_key=[], steering_api_key_file=None), environment)
     assert environment == {KEY_VARIABLE: "secret-one,secret-two"}, "kept where no option is given"
     assert not AdminKeys.of({}) and not AdminKeys.of({KEY_VARIABLE: " ,"})
     assert KEY_VARIABLE not in os.environ
@@ -104,4 +104,4 @@ def test_keys_leave_the_arguments(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("key", ["", "a,b", "a b", "ä", "a\n"])
 def test_a_key_can_be_sent(key: str) -> None:
     with pytest.raises(ValueError, match="--steering-api-key: a key is made of"):
-        serve.move_keys(Namespace(steering_api_key=[key]), {})
+        serve.move_keys(Namespace(steering_api_key=[key], steering_api_key_file=None), {})

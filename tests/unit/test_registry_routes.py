@@ -256,6 +256,28 @@ async def test_a_preset_is_usable_at_once_and_so_is_its_alias(server: Server) ->
     refused(await server.call("DELETE", "presets/quiet"), 404, "E_PRESET_NOT_FOUND")
 
 
+async def test_a_preset_that_goes_while_others_are_listed_is_left_out(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = [{"method": "vhr", "heads": [[0, 0]]}]
+    for name in ("going", "staying"):
+        await server.ok("PUT", f"presets/{name}", json={"methods": methods})
+    store = server.registry.store
+    assert list(server.registry.presets) == ["going", "staying"]
+    look = store.preset_stamp
+
+    def look_then_delete(name: str) -> Any:
+        found = look(name)
+        store.delete_preset("going")
+        return found
+
+    monkeypatch.setattr(store, "preset_stamp", look_then_delete)
+    shown = await server.ok("GET", "presets")
+    assert [preset["name"] for preset in shown["data"]] == ["staying"]
+    await server.ok("PUT", "presets/going", json={"methods": methods})
+    assert server.resolve(methods=methods).fingerprint  # which looks at all presets
+
+
 @pytest.mark.parametrize(
     ("content", "reason", "param"),
     [

@@ -126,3 +126,41 @@ def test_a_damaged_version_is_told_and_can_be_deleted(store: Store, tmp_path: Pa
     assert put_heads(store) == (2, True)
     assert store.delete_profile("p", (1, 2)) == ()
     assert store.artifact(kept) is not None
+
+
+def test_an_artefact_whose_file_is_gone_is_not_found(store: Store, tmp_path: Path) -> None:
+    """Deleted behind the server's back, read before or not."""
+    digest = put_vectors(store, tmp_path, "p", 1)
+    seen, unseen = view(store), view(store)
+    assert seen.find("p") is not None
+    path = store.artifact(digest)
+    assert path is not None
+    path.unlink()
+    for profiles in (seen, unseen):
+        for reference in ("p", "p@1", f"sha256:{digest}"):
+            assert profiles.find(reference) is None
+
+
+def test_an_artefact_that_goes_between_the_look_and_the_load_is_not_found(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = put_vectors(store, tmp_path, "p", 1)
+    path = store.artifact(digest)
+    assert path is not None
+    profiles, load = view(store), VectorCache.load
+
+    def vanishing(self: VectorCache, digest: str, path: Path) -> Any:
+        path.unlink()
+        return load(self, digest, path)
+
+    monkeypatch.setattr(VectorCache, "load", vanishing)
+    assert profiles.find("p") is None
+
+
+def test_an_artefact_that_is_there_and_damaged_is_an_error(store: Store, tmp_path: Path) -> None:
+    digest = put_vectors(store, tmp_path, "p", 1)
+    path = store.artifact(digest)
+    assert path is not None
+    path.write_bytes(b"no vectors")
+    with refused("E_BAD_PARAM"):
+        view(store).find(f"sha256:{digest}")

@@ -99,6 +99,19 @@ def test_reports_count_positions():
     assert steering.pop_report("report") is None
 
 
+def test_the_time_of_a_step_is_that_of_each_request_in_it():
+    steering = state()
+    for name, report in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "three")):
+        steering.add(name, payload(report, (0, 0, 2.0)))
+    run_step(steering, {"a": 5, "b": 3, "c": 2, "x": 1})
+    first = steering.step_seconds.sum
+    run_step(steering, {"c": 1, "x": 1})
+    one, two, three = (steering.reports.of(name).seconds for name in ("one", "two", "three"))
+    assert first > 0 and one == pytest.approx(first)  # its sequences ran together
+    assert two == pytest.approx(steering.step_seconds.sum) and two > one
+    assert three == 0
+
+
 def test_slots_are_held_by_requests_in_the_batch_only():
     steering = state(max_num_seqs=2)
     for name in "abc":
