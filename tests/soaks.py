@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from headway.benchmarks.soak_checks import Soak
@@ -27,3 +29,18 @@ def made_soak(**changed: Any) -> Soak:
     parity = Parity([Kept.EQUAL] * 9 + [Kept.TIE], ["tie: "], 2e-6)
     facts = {"memory": memory, "memory_kind": "PSS", "parity": parity, **changed}
     return Soak(SECONDS, outcomes, before, after, **facts)
+
+
+def spoiled(**changed: Any) -> Callable[[Soak], Soak]:
+    """Adds one more outcome to a soak."""
+
+    def change(found: Soak) -> Soak:
+        first = Outcome("one method", 0.0, 1.0, 200, steered=True)
+        return replace(found, outcomes=[*found.outcomes, replace(first, **changed)])
+
+    return change
+
+
+def after(name: str, value: float | None) -> Callable[[Soak], Soak]:
+    """Changes what was read of a soak in the end."""
+    return lambda found: replace(found, after=found.after | {name: value})
