@@ -15,6 +15,7 @@ from headway.server.engine.config import max_sgrs_requests, refuse_unsupported
 from headway.server.engine.gated_request_scheduler import LimitsGatedRequests
 from headway.server.engine.report import EngineReport
 from headway.server.engine.request import EXTRA_ARG
+from headway.server.http import echo
 from headway.server.http.exchange import Exchange
 from headway.server.http.metrics import SGRS_DRAWS, SGRS_FALLBACKS, SGRS_REFUSALS
 from headway.steering import (
@@ -179,11 +180,8 @@ def test_a_gate_shares_its_blocks_with_those_it_computes_alike() -> None:
 
 def echo_of(steered: SteeringProgram, report: EngineReport | None, **options: Any) -> dict:
     spec = parse_spec({"methods": [VHR], **options})
-    body = SimpleNamespace(carry=lambda request: None)
     steering: Any = SimpleNamespace(spec=spec, program=steered)
-    state: Any = SimpleNamespace()
-    exchange = Exchange(state, steering, body, None)  # type: ignore[arg-type]
-    return exchange._echo(report)
+    return echo.echo_of(steering, report, {})
 
 
 def counted(*tokens: list, draws: int = 0, refusals: int = 0, fallbacks: int = 0) -> dict:
