@@ -43,6 +43,10 @@ def test_capabilities(server: Server) -> None:
         "slots": 32,
         "reports": 1024,
         "sgrs_requests": 8,
+        "steered_requests": None,
+        "steered_per_key": None,
+        "sgrs_per_key": None,
+        "body_bytes": 64 * 2**20,
     }
     assert shown["presets"] == ["loud", "quiet"]
     assert shown["methods"]["vhr"]["defaults"]["alpha"] == 2.0
