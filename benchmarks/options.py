@@ -14,24 +14,32 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def new_parser(
-    name: str, description: str, *, rounds: int, seed: str, quick: str | None = None
+    name: str,
+    description: str,
+    *,
+    seed: str,
+    rounds: int | None = None,
+    quick: str | None = None,
+    dtype: str | None = None,
 ) -> argparse.ArgumentParser:
     """A parser with --rounds, --dtype, --model, --output and --seed.
 
-    rounds: how many where none are asked for. seed: what it is of. quick: what --quick does, None
-    for no such option.
+    seed: what it is of. rounds: how many where none are asked for; quick: what --quick does; None
+    for no such option. dtype: where none is asked for, None for what is fast on this machine.
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument(
-        "--rounds", type=rounds_option, help=f"number of rounds, {rounds} by default"
-    )
+    if rounds:
+        parser.add_argument(
+            "--rounds", type=rounds_option, help=f"number of rounds, {rounds} by default"
+        )
+    fast = "bfloat16" if has_native_bfloat16() or cuda_device() else "float32"
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        default="bfloat16" if has_native_bfloat16() or cuda_device() else "float32",
-        help="%(default)s on this machine",
+        default=dtype or fast,
+        help="%(default)s by default" if dtype else "%(default)s on this machine",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")

@@ -29,7 +29,7 @@ import httpx
 
 from headway.benchmarks.engine import SERVER_SETTINGS
 from headway.benchmarks.environment import cuda_device, interpreter_refusal
-from headway.benchmarks.options import chosen_model, output_file, save
+from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.serve_servers import PROGRAMS, STOCK
 from headway.benchmarks.soak_checks import Soak
@@ -78,22 +78,17 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Mixed traffic for minutes, and limits that the server must keep."
+    parser = new_parser(
+        NAME,
+        "Mixed traffic for minutes, and limits that the server must keep.",
+        seed="all requests",
+        quick="60 seconds",
+        dtype="float32",  # in which answers can be compared most closely
     )
     parser.add_argument("--minutes", type=float, help=f"{MINUTES:g} by default")
-    parser.add_argument("--quick", action="store_true", help="60 seconds")
     parser.add_argument(
         "--concurrency", type=int, default=CONCURRENCY, help="requests at a time, %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all requests")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="%(default)s by default, in which answers can be compared most closely",
-    )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M by default")
     parser.add_argument("--url", help="a server that is up already, of the same model")
     parser.add_argument(
         KEY_OPTION,
@@ -109,7 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--without-stock", action="store_true", help="compare no answers with stock vLLM"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
     return parser
 
 

@@ -81,9 +81,7 @@ def carried(draw: random.Random, methods: list[dict[str, Any]]) -> dict[str, Any
 
 def sampled_options(draw: random.Random, path: str) -> dict[str, Any]:
     """Greedy or with a seed, with what a comparison needs to know of every token."""
-    fields: dict[str, Any] = {"temperature": 0.0}
-    if draw.random() < 0.4:
-        fields = {"temperature": 0.9, "top_p": 0.95, "seed": draw.randrange(2**31)}
+    fields = (_seeded if draw.random() < 0.4 else _greedy)(draw, path)
     fields |= {"tokens": COMPARED_TOKENS, "return_tokens_as_token_ids": True}
     return fields | _logprobs(path, TOP)
 

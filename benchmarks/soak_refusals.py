@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from headway.benchmarks.soak_asks import (
     Expected,
     Place,
 )
+from headway.benchmarks.soak_bodies import body
 from headway.benchmarks.soak_profiles import PROFILES, artifact
 from headway.steering import Reason
 from headway.steering.errors import HTTP_STATUS
@@ -177,12 +179,7 @@ def _methods(*methods: Any) -> dict[str, Any]:
 
 
 def _body(place: Place, path: str) -> dict[str, Any]:
-    common = {"model": place.model}
-    if path == CHAT:
-        return common | {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
-    if path == COMPLETIONS:
-        return common | {"prompt": PROMPT, "max_tokens": 4}
-    return common | {"input": PROMPT, "max_output_tokens": 4}
+    return body(place, random.Random(0), path, PROMPT, tokens=4)
 
 
 def _refusal(kind: str, path: str, body: dict[str, Any], reason: Reason, param: str) -> Ask:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headway.server.http.errors import refuse_early
-from headway.server.http.guard import OWN_PREFIX, path_of
+from headway.server.http.guard import OWN_PREFIX, path_of, state_of
 from headway.steering import Reason, SteeringError
 
 WITH_BODY = ("POST", "PUT", "PATCH")
@@ -32,7 +32,7 @@ class BoundsBodies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        state = getattr(scope["app"].state, "headway", None) if scope["type"] == "http" else None
+        state = state_of(scope) if scope["type"] == "http" else None
         if state is None or scope["method"] not in WITH_BODY or not self._bounds(scope):
             await self.app(scope, receive, send)
             return

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headway.server.http.guard import state_of
+
 ANONYMOUS = "anonymous"
 """All clients that carry none of the keys; everybody, where the server has no keys."""
 
@@ -51,9 +53,7 @@ class NamesClients:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        state = None
-        if scope["type"] in ("http", "websocket"):
-            state = getattr(scope["app"].state, "headway", None)
+        state = state_of(scope) if scope["type"] in ("http", "websocket") else None
         if state is None:
             await self.app(scope, receive, send)
             return

@@ -93,6 +93,11 @@ async def _read(receive: Receive) -> tuple[list[Message], bytes, bool]:
     return messages, b"".join(chunks), False
 
 
+def state_of(scope: Scope) -> Any:
+    """The `SteeringState` of the app, None before there is one."""
+    return getattr(scope["app"].state, "headway", None)
+
+
 def path_of(scope: Scope) -> str:
     """The path of a request, without that under which the app is mounted."""
     path: str = scope["path"]

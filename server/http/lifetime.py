@@ -17,6 +17,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headway.server.http.errors import error_response
+from headway.server.http.guard import path_of, state_of
 from headway.server.http.metrics import REFUSED
 from headway.steering import Reason, SteeringError
 
@@ -89,7 +90,7 @@ class RefusesLateRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        state = getattr(scope["app"].state, "headway", None) if scope["type"] == "http" else None
+        state = state_of(scope) if scope["type"] == "http" else None
         if state is None or state.lifetime.ending is None or not _is_late(scope):
             await self.app(scope, receive, send)
             return
@@ -99,5 +100,4 @@ class RefusesLateRequests:
 
 
 def _is_late(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
-    return scope["method"] not in READING or path in READINESS
+    return scope["method"] not in READING or path_of(scope).rstrip("/") in READINESS
