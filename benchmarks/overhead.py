@@ -208,6 +208,7 @@ def report(
     """Everything that was measured and what follows from it, as JSON values."""
     facts = environment()
     on_cuda = facts["cuda_device"] is not None
+    loads = {each.name: each for each in scenarios}
     rows = []
     for scenario in scenarios:
         speeds = measurement.tokens_per_second(scenario.name)
@@ -222,7 +223,7 @@ def report(
     return {
         "benchmark": "overhead",
         "scenarios": rows,
-        "comparisons": [_compare(comparison, measurement) for comparison in comparisons],
+        "comparisons": [_compare(each, loads[each.scenario], measurement) for each in comparisons],
         "idle_engines_cpu_share": measurement.idle_share,
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": _cache_warnings(scenarios, measurement)
@@ -266,13 +267,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compare(comparison: Comparison, measurement: Measurement) -> dict[str, Any]:
+def _compare(comparison: Comparison, load: Scenario, measurement: Measurement) -> dict[str, Any]:
     name, baseline = comparison.scenario, comparison.baseline
     speed, cpu_speed = measurement.tokens_per_second, measurement.tokens_per_cpu_second
     ratio = paired_ratio(speed(name), speed(baseline))
     per_cpu_second = paired_ratio(cpu_speed(name), cpu_speed(baseline))
     return {
         **asdict(comparison),
+        "prompt_tokens": load.prompt_tokens,
+        "output_tokens": load.output_tokens,
         "ratio": ratio.value,
         "low": ratio.low,
         "high": ratio.high,

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from headway.benchmarks.engine import EngineError
 from headway.benchmarks.environment import (
     busy_seconds,
     cuda_device,
@@ -37,7 +38,7 @@ from headway.benchmarks.peer_systems import (
     transformers_hooks,
     vllm_lens,
 )
-from headway.benchmarks.peer_systems.environments import Unavailable, python_of
+from headway.benchmarks.peer_systems.choice import available, selected
 from headway.benchmarks.peer_systems.headway_server import (
     NAME as HEADWAY,
 )
@@ -47,7 +48,13 @@ from headway.benchmarks.peer_systems.headway_server import (
     read_geometry,
 )
 from headway.benchmarks.peer_systems.loads import METHODS, Sizes, steering
-from headway.benchmarks.peer_systems.properties import NOT_APPLICABLE, PROPERTIES, Trial, request
+from headway.benchmarks.peer_systems.properties import (
+    NOT_APPLICABLE,
+    PROPERTIES,
+    TRIED,
+    Trial,
+    request,
+)
 from headway.benchmarks.peer_systems.protocol import Answer, Peer, Request
 from headway.benchmarks.peer_systems.published_sgrs import PublishedSGRS
 from headway.benchmarks.peer_systems.report import Key, Measurement, report, table
@@ -69,6 +76,8 @@ PEERS = (
 )
 """In the order of the table. Another one is a file in `peer_systems/` and a row here."""
 HEADWAY_NOTES = "over HTTP; every request has a configuration of its own"
+PEER_ERRORS = (PeerError, Refused, EngineError)
+"""What a peer that runs may raise; the run goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     except (EndpointError, LaunchError, PeerError, OSError, ValueError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
-    result = report(measurement, PEERS, model.name, args.dtype, args.concurrency)
+    result = report(measurement, PEERS, model.name, args.dtype, args.concurrency, rounds)
     save(result, table(result), output)
     return 0
 
@@ -127,37 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def selected(peers: Sequence[Peer], text: str) -> list[tuple[Peer, tuple[str, ...]]]:
-    """Peers and those of their methods that have a text in "peer, method". Raises ValueError."""
-    chosen = [
-        (
-            peer,
-            tuple(each for each in peer.methods if text.lower() in f"{peer.name}, {each}".lower()),
-        )
-        for peer in peers
-    ]
-    if not any(methods for _, methods in chosen):
-        names = "; ".join(f"{peer.name}, {each}" for peer in peers for each in peer.methods)
-        raise ValueError(f'nothing has "{text}" in its name; there are: {names}')
-    return [(peer, methods) for peer, methods in chosen if methods]
-
-
-def available(
-    chosen: Sequence[tuple[Peer, tuple[str, ...]]], measurement: Measurement, find: Any = python_of
-) -> list[tuple[Peer, tuple[str, ...], Path]]:
-    """Peers that can run, and the interpreter of each; the others are noted with the reason.
-
-    find: makes the environment of a peer.
-    """
-    ready = []
-    for peer, methods in tqdm(chosen, desc="environments", unit="peer", leave=False):
-        try:
-            ready.append((peer, methods, find(peer)))
-        except Unavailable as error:
-            measurement.lost(peer, methods, str(error), error.command)
-    return ready
-
-
 class Bench:
     """What all systems are asked in one run."""
 
@@ -166,7 +144,10 @@ class Bench:
         geometry = read_geometry(model)
         self.sizes = Sizes(geometry.num_layers, geometry.num_heads, geometry.hidden_size)
         drawn = prompts(model, PROMPT_TOKENS, seed)
-        self.prompts = [drawn[index % len(drawn)] for index in range(concurrency)]
+        # A batch of the properties has `TRIED` requests, however many are timed.
+        number = max(concurrency, TRIED)
+        self.tried_prompts = [drawn[index % len(drawn)] for index in range(number)]
+        self.prompts = self.tried_prompts[:concurrency]
         self.long_prompt = prompts(model, LONG_PROMPT_TOKENS, seed)[0]
 
     def requests(self, method: str, shared: bool = False) -> list[Request]:
@@ -178,9 +159,9 @@ class Bench:
 
     def trial(self, system: Any, method: str, peer: Peer | None = None) -> Trial:
         """The properties of a method on a running system; peer: None for Headway."""
-        steered = [steering(method, self.sizes, index) for index in range(4)]
+        steered = [steering(method, self.sizes, index) for index in range(TRIED)]
         shared, checked = (peer.shared, peer.checked) if peer else (False, True)
-        return Trial(system, self.prompts, self.long_prompt, steered, shared, checked)
+        return Trial(system, self.tried_prompts, self.long_prompt, steered, shared, checked)
 
     def run(
         self,
@@ -197,7 +178,7 @@ class Bench:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headway-bench-")))
             print("starting headway serve, usually in less than a minute", file=sys.stderr)
             longest = LONG_PROMPT_TOKENS + OUTPUT_TOKENS
-            size = max(self.concurrency, 4)
+            size = max(self.concurrency, TRIED)
             server = stack.enter_context(
                 headway(self.model, self.dtype, size, longest, folder, log)
             )
@@ -209,9 +190,8 @@ class Bench:
                     started = Contender(peer, self._start(peer, python, folder, stack))
                     for method in methods:
                         self._try_peer(started, server, method, measurement)
-                except (PeerError, Refused) as error:
-                    command = f"the worker {peer.module}.{peer.system} in its environment"
-                    measurement.lost(peer, methods, str(error), command)
+                except PEER_ERRORS as error:
+                    measurement.lost(peer, methods, str(error), command_of(peer))
                     continue
                 running |= {(peer.name, method): started for method in methods}
             self._measure(server, running, measurement, rounds)
@@ -220,7 +200,9 @@ class Bench:
         self, peer: Peer, python: Path, folder: Path, stack: ExitStack
     ) -> WorkerProcess | PublishedSGRS:
         if peer is published_sgrs.PEER:
-            return PublishedSGRS(self.model, self.dtype)
+            published = PublishedSGRS(self.model, self.dtype)
+            stack.callback(published.close)
+            return published
         log = folder / f"{peer.module}.log"
         worker = WorkerProcess(peer, python, self.model, self.dtype, log)
         stack.callback(worker.close)
@@ -259,6 +241,7 @@ class Bench:
         rounds: int,
     ) -> None:
         order = random.Random(self.seed)
+        left = dict(running)
         methods = list(dict.fromkeys(method for _, method in running))
         tokens = self.concurrency * OUTPUT_TOKENS
         began, own, busy = time.perf_counter(), own_seconds(), busy_seconds()
@@ -269,9 +252,18 @@ class Bench:
                 answers = server.answer(asked, OUTPUT_TOKENS, salt=salt)
                 seconds = time.perf_counter() - started
                 measurement.speeds[HEADWAY, method].append(tokens / seconds)
-                keys = [key for key in running if key[1] == method]
+                keys = [key for key in left if key[1] == method]
                 for key in order.sample(keys, len(keys)):
-                    speed = self._speed(running[key], method, answers)
+                    peer = left[key].peer
+                    try:
+                        speed = self._speed(left[key], method, answers)
+                    except PEER_ERRORS as error:
+                        gone = [each for each in left if each[0] == peer.name]
+                        names = [each for _, each in gone]
+                        measurement.lost(peer, names, str(error), command_of(peer))
+                        for each in gone:
+                            del left[each]
+                        continue
                     measurement.speeds[key].append(speed)
         foreign = busy_seconds() - busy - (own_seconds() - own)
         measurement.foreign_share = max(0.0, foreign) / (time.perf_counter() - began)
@@ -283,6 +275,11 @@ class Bench:
             return 1 / system.seconds_per_token(self.prompts[0], answers)
         system.answer(self.requests(method, peer.shared), OUTPUT_TOKENS)
         return self.concurrency * OUTPUT_TOKENS / system.seconds
+
+
+def command_of(peer: Peer) -> str:
+    """What was tried of a peer that was started."""
+    return f"the worker {peer.module}.{peer.system} in its environment"
 
 
 def agreeing(some: Sequence[Answer], others: Sequence[Answer]) -> int:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,17 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
-from headway.benchmarks.engine import SERVER_SETTINGS
+from headway.benchmarks.engine import SERVER_SETTINGS, server_settings
 from headway.benchmarks.environment import environment, interpreter_refusal
 from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import TIMEOUT_SECONDS, EndpointError, UnsteeredAnswer
 from headway.benchmarks.serve_matrix import drawn_profile
-from headway.benchmarks.statistics import bootstrap_median, verdict
+from headway.benchmarks.statistics import Verdict, bootstrap_median, verdict
+from headway.server import launch
 from headway.server.commands.model import quiet_stdout, read_model, steerable_geometry
 from headway.server.commands.remote import RemoteError, Server
 from headway.server.http.admin import KEY_VARIABLE
-from headway.server.launch import LaunchError, serve
+from headway.server.launch import LaunchError, Program
 from headway.steering import ModelGeometry
 from headway.steering.vectors import VectorProfile
 
@@ -47,7 +48,7 @@ PROMPT = "The lighthouse keeper climbed the stairs and"
 STREAM_TOKENS = 1800
 PROFILE_NAME = "bench-loading"
 LOAD_BAR, STALL_BAR = 0.2, 1.0
-"""Seconds, and steps: the most that loading may take, and that it may hold up others."""
+"""Seconds, and steps: the most that loading may take, by its median, and ever hold up others."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,12 @@ def main(argv: Sequence[str]) -> int:
         with quiet_stdout():
             geometry = steerable_geometry(read_model(str(model)))
         with tempfile.TemporaryDirectory(prefix="headway-bench-") as folder:
-            settings = {**SERVER_SETTINGS, KEY_VARIABLE: key, "HEADWAY_HOME": folder}
+            program = isolated(launch.HEADWAY, folder, key)
             print("starting headway serve, usually in less than a minute", file=sys.stderr)
-            with serve(model, flags, Path(folder), log, settings) as url:
-                run = measure(url, str(model), geometry, key, rounds, args.seed)
+            with launch.running(
+                program, model, flags, Path(folder), log, SERVER_SETTINGS
+            ) as server:
+                run = measure(server.url, str(model), geometry, key, rounds, args.seed)
                 measurement = asyncio.run(run)
     except (EndpointError, LaunchError, OSError, RemoteError, ValueError) as error:
         print(f"{NAME}: error: {error}; see {log}", file=sys.stderr)
@@ -121,6 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
         rounds=ROUNDS,
         seed="the drawn directions",
     )
+
+
+def isolated(program: Program, folder: str, key: str) -> Program:
+    """A program with a registry and an admin key of its own, whatever the caller exports."""
+    own = {KEY_VARIABLE: key, "HEADWAY_HOME": folder, "VLLM_API_KEY": ""}
+    return replace(program, environment={**program.environment, **own})
 
 
 async def measure(
@@ -228,6 +237,8 @@ def report(measurement: Measurement) -> dict[str, Any]:
         found = bootstrap_median(values)
         row = {"name": name, "unit": unit, "bar": bar, "at_most": True, **asdict(found)}
         says = None if bar is None else str(verdict(found, bar, True, max_half_width=np.inf))
+        if unit == "steps":  # that others are never held up longer is no matter of the median
+            says = str(Verdict.HOLDS if max(values) <= STALL_BAR else Verdict.FAILS)
         rows.append({**row, "largest": max(values), "verdict": says})
     return {
         "benchmark": "profile-loading",
@@ -235,6 +246,7 @@ def report(measurement: Measurement) -> dict[str, Any]:
         "comparisons": rows,
         "runs": asdict(measurement),
         "step_seconds": float(np.median([use.step for use in measurement.second])),
+        "server_settings": server_settings(),
         "environment": environment(),
         "warnings": [],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

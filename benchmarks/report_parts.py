@@ -26,7 +26,15 @@ COMMANDS = {
     MODELLED: "headway bench kernels --static --json FILE",
 }
 """Key of a part -> the command that writes its file."""
-METRICS = {"tokens_per_second": "tokens/s", "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
+METRICS = {
+    "tokens_per_second": "tokens/s",
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "e2e": "E2E",
+    "cold_e2e": "cold E2E",
+}
+LOAD = ("prompt_tokens", "output_tokens")
+"""What a comparison of `overhead` says of its load."""
 TOKENS_PER_SECOND = METRICS["tokens_per_second"]
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 """What reading a JSON of another shape raises."""
@@ -41,7 +49,8 @@ class Finding:
     """A ratio, or a figure in a unit, with its 95 % interval.
 
     at_most: less is better, and a bar the most that it may be. verdict: as the benchmark gave it.
-    unit: empty for a ratio; s: a time of one machine.
+    unit: empty for a ratio; s: a time of one machine. load: what was asked for, where the name does
+    not say it.
     """
 
     name: str
@@ -53,6 +62,7 @@ class Finding:
     verdict: str | None = None
     at_most: bool = False
     unit: str = ""
+    load: str = ""
 
     @property
     def absolute(self) -> bool:
@@ -204,7 +214,8 @@ def _finding(row: dict[str, Any], name: str, metric: str, value: str, **facts: A
 
 def _overhead(result: dict[str, Any]) -> Iterator[Finding]:
     for row in result["comparisons"]:
-        yield _finding(row, row["name"], TOKENS_PER_SECOND, "ratio")
+        load = ", ".join(f"{name} {row[name]}" for name in LOAD if name in row)
+        yield _finding(row, row["name"], TOKENS_PER_SECOND, "ratio", load=load)
 
 
 def _serve(result: dict[str, Any]) -> Iterator[Finding]:

@@ -291,4 +291,7 @@ def _head_selection(part: Part) -> list[Block]:
 
 def _profile_loading(part: Part) -> list[Block]:
     note = "Medians over rounds; seconds, and steps of the stream that runs beside."
+    for row in part.result["comparisons"]:
+        if row["unit"] == "steps":
+            note += f" The largest stall, {row['largest']:.3f} steps, is held against the bar."
     return [tables.comparisons(part, "Loading a new profile", note=note)]

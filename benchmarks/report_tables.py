@@ -12,7 +12,13 @@ from headway.benchmarks.report_parts import MALFORMED, METRICS, Finding, Part, f
 
 SETTINGS = ("engine_settings", "server_settings")
 NOT_FACTS = {"benchmark", "date", "measured", "step_seconds"}
-TIMES = ("ttft", "tpot", "itl", "e2e")
+TIMES = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "e2e": "E2E",
+    "cold_e2e": "cold E2E",
+}
 PERCENTILES = ("p50", "p90", "p99")
 
 
@@ -126,15 +132,19 @@ def matrix(
 
 def latency(part: Part) -> Table:
     """Percentiles of every time, of every cell."""
-    rows = []
-    for cell in part.result["cells"]:
-        times = [cell[f"{name}_ms"] for name in TIMES]
+    cells, rows = part.result["cells"], []
+    # Those that the file has: older ones have no cold E2E.
+    found = [name for name in TIMES if all(f"{name}_ms" in cell for cell in cells)]
+    for cell in cells:
+        times = [cell[f"{name}_ms"] for name in found]
         columns = [" / ".join(f"{each[p]:.1f}" for p in PERCENTILES) for each in times]
         rows.append((cell["name"], f"{cell['tokens_per_second']:.1f}", *columns))
-    heads = (f"{name.upper()}, ms" for name in TIMES)
+    heads = (f"{TIMES[name]}, ms" for name in found)
     note = (
         "p50 / p90 / p99 over the requests of all rounds. TTFT: to the first token, the prompt not "
-        "cached; TPOT: per token after it; ITL: between two chunks; E2E: to the last token."
+        "cached; TPOT: per token after it; ITL: between two chunks; E2E: to the last token. It and "
+        "tokens/s are of prompts in the prefix cache; pictures are computed again. Cold E2E: TTFT, "
+        "and what E2E has after the first token."
     )
     return Table("Latency", ("load", "tokens/s", *heads), rows, part.source, note)
 
@@ -154,7 +164,8 @@ def time_ratios(part: Part) -> Table:
     rows: dict[str, dict[str, str]] = {}
     for found in findings(part):
         rows.setdefault(found.name, {})[found.metric] = _both(found)
-    columns = [METRICS[name] for name in ("ttft", "tpot", "e2e")]
+    told = {metric for row in rows.values() for metric in row}
+    columns = [METRICS[name] for name in TIMES if METRICS.get(name) in told]
     cells = [(name, *(row.get(column, "") for column in columns)) for name, row in rows.items()]
     note = "Medians, relative to the same load on the baseline; less is better."
     title = "Times relative to the baseline"
@@ -179,7 +190,9 @@ def peers(part: Part) -> list[Table]:
         correct.append((*start[:2], *cells))
     heads = ["method", "system", "requests at once", "tokens/s", "Headway's tokens/s"]
     heads += ["Headway / it", "95 % interval", "notes"]
-    tables = [Table("Speed", heads, speeds, part.source)]
+    rounds = part.result.get("rounds")  # which older files lack
+    note = f"{rounds} rounds; of two or three an interval is very wide." if rounds else ""
+    tables = [Table("Speed", heads, speeds, part.source, note)]
     heads = ["method", "system", *(name.replace("_", " ") for name in names)]
     tables.append(Table("Correctness", heads, correct, part.source))
     if lost := part.result["unavailable"]:

@@ -91,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
     facts = {"model": model.name, "dtype": args.dtype, "seed": args.seed, "rounds": rounds}
+    facts |= {"output_tokens": output_tokens}
     result = report(compared, measurement.runs, measurement.memory, facts, on_cuda)
     save(result, table(result), output)
     return 0

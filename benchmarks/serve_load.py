@@ -6,9 +6,10 @@ vLLM symbols relied on: `vllm.benchmarks.lib.endpoint_request_func`, its `Reques
 A run of a cell has two bursts of the same requests. The first has a new `cache_salt`, so that
 nothing comes from the prefix cache, and asks for one token: it gives the time to first token. The
 second finds the prompts in the cache, where the first has put them, and asks for all tokens: it
-gives everything else, which is so of decoding at that context. The client takes no notice of what
-an answer says of its steering; after both bursts the reports of all requests are read from the
-server, by the ids that the requests were given.
+gives everything else, which is so of decoding at that context. Prompts with pictures are shorter
+than a cache block and computed again. The client takes no notice of what an answer says of its
+steering; after both bursts the reports of all requests are read from the server, by the ids that
+the requests were given.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Run:
 
     seconds: from sending the burst that has all tokens to the end of its last stream. ttft: of each
     request, its prompt not cached; tpot: its time per token after the first; itl: between two
-    chunks, of all requests; e2e: from sending it to its last token. cached: the share of the prompt
-    tokens of the second burst that came from the prefix cache. foreign_share, idle_share: CPU that
-    others, and the servers that were waiting, used meanwhile, as a share of one core.
+    chunks, of all requests; e2e: from sending it to its last token; warm_ttft: to the first of the
+    same burst. cached: the share of the prompt tokens of that burst that came from the prefix
+    cache. foreign_share, idle_share: CPU that others, and the servers that were waiting, used
+    meanwhile, as a share of one core.
     """
 
     tokens: int
@@ -58,6 +60,7 @@ class Run:
     tpot: list[float]
     itl: list[float]
     e2e: list[float]
+    warm_ttft: list[float]
     cached: float = 1.0
     foreign_share: float = field(default=0.0, kw_only=True)
     idle_share: float = field(default=0.0, kw_only=True)
@@ -66,6 +69,12 @@ class Run:
     def tokens_per_second(self) -> float:
         """Output tokens of all requests together."""
         return self.tokens / self.seconds
+
+    @property
+    def cold_e2e(self) -> list[float]:
+        """To the last token of each request, its prompt not cached: `ttft`, and what follows it."""
+        times = zip(self.ttft, self.e2e, self.warm_ttft, strict=True)
+        return [ttft + e2e - warm for ttft, e2e, warm in times]
 
 
 class Load:
@@ -110,6 +119,7 @@ class Load:
             # Chat begins with a chunk that has the role and no token, and comes with the first.
             itl=[gap for output in outputs for gap in output.itl[-after:]],
             e2e=[output.latency for output in outputs],
+            warm_ttft=[output.ttft for output in outputs],
             cached=cached,
         )
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from headway.benchmarks.engine import SERVER_SETTINGS
+from headway.benchmarks.engine import server_settings
 from headway.benchmarks.environment import MAX_FOREIGN_SHARE, cpu_warnings, environment
+from headway.benchmarks.report_parts import METRICS
 from headway.benchmarks.serve_load import Run
 from headway.benchmarks.serve_matrix import (
     TEXT,
@@ -20,7 +21,7 @@ from headway.benchmarks.serve_matrix import (
 )
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
-TIMES = ("ttft", "tpot", "itl", "e2e")
+TIMES = ("ttft", "tpot", "itl", "e2e", "cold_e2e")
 PERCENTILES = (50, 90, 99)
 MAX_SPREAD = 0.10
 """Coefficient of variation over rounds, of either side, from which on a ratio gets no verdict."""
@@ -38,8 +39,8 @@ def report(
 ) -> dict[str, Any]:
     """Everything that was measured and what follows from it, as JSON values.
 
-    memory: of each server, MiB; facts: model, dtype, seed and rounds. on_cuda: what uses the cores
-    is no matter.
+    memory: of each server, MiB; facts: model, dtype, seed, rounds and output_tokens. on_cuda: what
+    uses the cores is no matter.
     """
     every = [run for each in runs.values() for run in each]
     warnings = [] if on_cuda else cpu_warnings(*(mean(every, name) for name in SHARES))
@@ -51,11 +52,10 @@ def report(
     if recomputed:
         message = "the KV cache is too small, prompts were computed again, not only decoded, in"
         warnings.append(f"{message}: {'; '.join(recomputed)}")
-    settings = {} if on_cuda else {"server_settings": SERVER_SETTINGS}
     return {
         "benchmark": "serve",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment() | settings,
+        "environment": environment() | {"server_settings": server_settings()},
         **facts,
         "warnings": warnings,
         "memory": {name: dict(found) for name, found in memory.items()},
@@ -141,21 +141,21 @@ def compare(comparison: Comparison, runs: Runs, on_cuda: bool = False) -> dict[s
 
 def table(result: Mapping[str, Any]) -> str:
     """The report for people."""
-    heads = ("tokens/s", "TTFT", "TPOT", "ITL", "ITL p99", "E2E", "E2E p99")
+    heads = ("tokens/s", "TTFT", "TPOT", "ITL", "ITL p99", "E2E", "E2E p99", "cold E2E")
     head = " ".join(f"{each:>8}" for each in heads)
     width = max(len(each["name"]) for each in (*result["cells"], *result["comparisons"]))
     lines = ["", f"{'medians, ms':<{width}} {head}"]
     for each in result["cells"]:
-        ttft, tpot, itl, e2e = (each[f"{name}_ms"] for name in TIMES)
+        ttft, tpot, itl, e2e, cold = (each[f"{name}_ms"] for name in TIMES)
         lines.append(
             f"{each['name']:<{width}} {each[TOKENS_PER_SECOND]:>8.1f} {ttft['p50']:>8.1f} "
             f"{tpot['p50']:>8.1f} {itl['p50']:>8.1f} {itl['p99']:>8.1f} "
-            f"{e2e['p50']:>8.1f} {e2e['p99']:>8.1f}"
+            f"{e2e['p50']:>8.1f} {e2e['p99']:>8.1f} {cold['p50']:>8.1f}"
         )
     lines += ["", f"{'ratio':<{width}} {'of':<8} {'ratio':>6} {'95 % interval':>15} {'bar':>5}"]
     lines[-1] += "  verdict"
     for each in result["comparisons"]:
-        metric = "tokens/s" if each["metric"] == TOKENS_PER_SECOND else each["metric"].upper()
+        metric = METRICS[each["metric"]]
         interval = f"{each['low']:.3f} .. {each['high']:.3f}"
         bar = "" if each["bar"] is None else f"{each['bar']:.2f}"
         line = f"{each['name']:<{width}} {metric:<8} {each['ratio']:>6.3f} {interval:>15} {bar:>5}"

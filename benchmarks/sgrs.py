@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,12 @@ from typing import Any
 from tqdm import tqdm
 
 from headway.benchmarks.completions import Completion, seconds_per_token
-from headway.benchmarks.engine import SERVER_SETTINGS
+from headway.benchmarks.engine import (
+    KEEP_MEMORY,
+    SERVER_SETTINGS,
+    EngineError,
+    server_settings,
+)
 from headway.benchmarks.environment import (
     busy_seconds,
     cpu_warnings,
@@ -49,7 +54,7 @@ from headway.benchmarks.sgrs_load import (
     Requests,
     draws_per_token,
 )
-from headway.benchmarks.sgrs_published import Published
+from headway.benchmarks.sgrs_published import PublishedProcess
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 from headway.server.launch import LaunchError, serve
 
@@ -126,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         model = chosen_model(args.model)
         measurement = run(model, log, args.dtype, args.context, output_tokens, rounds, args.seed)
-    except (EndpointError, LaunchError, OSError) as error:
+    except (EndpointError, EngineError, LaunchError, OSError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
     facts = {"model": model.name, "dtype": args.dtype, "seed": args.seed}
@@ -157,20 +162,25 @@ def build_parser() -> argparse.ArgumentParser:
 def run(
     model: Path, log: Path, dtype: str, context: int, output_tokens: int, rounds: int, seed: int
 ) -> Measurement:
-    """Start the server, which writes `log`, and measure. Raises EndpointError or LaunchError."""
+    """Start the server, which writes `log`, and measure.
+
+    Raises EndpointError, EngineError or LaunchError.
+    """
     flags = ["--dtype", dtype, "--enforce-eager", "--max-num-seqs", str(BATCH)]
     longest = context + output_tokens
     flags += ["--max-model-len", str(longest), "--max-sgrs-requests", str(BATCH)]
     # All prompts in one step: vLLM's CPU engine dies where one whose request has a seed is cut.
     flags += ["--max-num-batched-tokens", str(BATCH * longest)]
     measurement = None
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        published = pool.submit(Published.load, model, dtype)  # while the server starts
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(PublishedProcess(model, dtype)) as published,  # loads while the server starts
+    ):
         try:
             print("starting headway serve, usually in less than a minute", file=sys.stderr)
             with serve(model, flags, Path(folder), log, SERVER_SETTINGS) as url:
                 requests = Requests(url, model, context, output_tokens, seed)
-                measurement = measure(requests, published.result(), rounds, seed)
+                measurement = measure(requests, published, rounds, seed)
         except (EndpointError, LaunchError) as error:
             message = f"{error}; see {log}"
             if measurement is None:
@@ -180,8 +190,8 @@ def run(
     return measurement
 
 
-def measure(requests: Requests, published: Published, rounds: int, seed: int) -> Measurement:
-    """Warm everything up, then run all of it `rounds` times. Raises EndpointError."""
+def measure(requests: Requests, published: PublishedProcess, rounds: int, seed: int) -> Measurement:
+    """Warm everything up, then run all of it `rounds` times. Raises EndpointError, EngineError."""
     measurement = Measurement()
     order = random.Random(seed)
     for arm in (SGRS_BATCH, UNSTEERED_BATCH):  # which bring every prompt into the cache
@@ -207,7 +217,7 @@ def measure(requests: Requests, published: Published, rounds: int, seed: int) ->
     return measurement
 
 
-def evaluate(published: Published, judged: Judged) -> tuple[float, float]:
+def evaluate(published: PublishedProcess, judged: Judged) -> tuple[float, float]:
     """The saliency of a token by the published procedure, and the seconds for it."""
     return published.timed(judged.context, judged.token, judged.layers, judged.prompt_len)
 
@@ -237,7 +247,8 @@ def report(measurement: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
         "saliency": {"headway": ours, PUBLISHED: theirs},
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": warnings,
-        "engine_settings": SERVER_SETTINGS,
+        "engine_settings": server_settings(),
+        "published_settings": KEEP_MEMORY,
         "native_bfloat16": has_native_bfloat16(),
         "environment": environment(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

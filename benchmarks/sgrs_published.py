@@ -6,16 +6,25 @@ the candidate's own row, where it is zero; here the row is the one that the cand
 Otherwise this is that procedure on transformers' eager attention, where nothing is computed that
 the saliency does not need: no gradients of parameters, none below the lowest target layer, and
 the logits of one row.
+
+It is timed in a process of its own (`PublishedProcess`), whose malloc is set as that of the server:
+glibc reads that at the start of a process.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from headway.benchmarks.engine import KEEP_MEMORY, EngineError, end
 
 
 class Published:
@@ -76,3 +85,52 @@ class Published:
         started = time.perf_counter()
         value = self.saliency(context, candidate, layers, prompt_len)
         return value, time.perf_counter() - started
+
+
+class PublishedProcess:
+    """A `Published` in a process of its own, which loads the model once it is made. `close` it."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "headway.benchmarks.sgrs_published", str(path), dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **KEEP_MEMORY},
+            text=True,
+        )
+
+    def timed(
+        self, context: Sequence[int], candidate: int, layers: Sequence[int], prompt_len: int
+    ) -> tuple[float, float]:
+        """See `Published.timed`. Raises EngineError if the process has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        asked = list(context), candidate, list(layers), prompt_len
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise EngineError("the process of the published procedure ended")
+        saliency, seconds = json.loads(line)
+        return saliency, seconds
+
+    def close(self) -> None:
+        """End the process."""
+        end(self.process)
+
+
+def main(path: str, dtype: str) -> None:
+    """Judge what comes on stdin, a line each, until that ends. Whatever libraries print goes to
+    stderr.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    published = Published.load(Path(path), dtype)
+    for line in sys.stdin:
+        print(json.dumps(published.timed(*json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from headway.benchmarks.engine import SERVER_SETTINGS
+from headway.benchmarks.engine import SERVER_SETTINGS, server_settings
 from headway.benchmarks.environment import cuda_device, interpreter_refusal
 from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import EndpointError
@@ -135,19 +135,21 @@ class Bench:
             except LaunchError as error:
                 if soak is None:
                     raise LaunchError(f"{error}; see {output.with_suffix('.log')}") from None
-                warnings.append(str(error))  # how it ended takes nothing from what was seen
+                soak.ended_badly = str(error)  # which takes nothing from what was seen
             if not args.without_stock:
                 try:
                     self.compare(soak, folder, output.with_name(f"{output.stem}-stock.log"))
                 except (EndpointError, LaunchError, httpx.HTTPError) as error:
                     warnings.append(f"stock vLLM: {error}")
-        facts = {
+        facts: dict[str, Any] = {
             "model": self.model.name,
             "dtype": self.dtype,
             "seed": self.seed,
             "concurrency": self.concurrency,
             "attached": args.url is not None,
         }
+        if not args.url:
+            facts["server_settings"] = server_settings()
         return report(soak, facts, warnings)
 
     @contextmanager

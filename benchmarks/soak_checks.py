@@ -24,6 +24,7 @@ MIN_SECONDS = 300.0
 """A shorter soak says nothing about growth."""
 MIN_SAMPLES = 5
 """So many in each window, at least."""
+NOT_READ = "not judged: the server did not answer at the end"
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Soak:
 
     memory: (seconds since the soak began, MiB); memory_kind: what of it, None if nothing could be
     read. before, after: readings; left_out: methods that the server cannot carry out, and why.
+    gone: why nothing could be read at the end, None if it could; ended_badly: how it
+    ended other than by itself with exit code 0, None if it did or goes on.
     """
 
     seconds: float
@@ -43,6 +46,8 @@ class Soak:
     samples: Sequence[Sample] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     parity: Parity | None = None
+    gone: str | None = None
+    ended_badly: str | None = None
 
     def counted(self, name: str) -> float | None:
         """How much one of `COUNTED` grew; None where the metric is not there."""
@@ -78,7 +83,13 @@ class Limit:
 
 def limits(soak: Soak) -> list[Limit]:
     """Every limit, in the order of the table."""
-    return [*_answers(soak.outcomes), *_metrics(soak), _growth(soak), _parity(soak.parity)]
+    return [
+        *_answers(soak.outcomes),
+        _end(soak),
+        *_metrics(soak),
+        _growth(soak),
+        _parity(soak.parity),
+    ]
 
 
 def growth(samples: Sequence[tuple[float, float]], seconds: float) -> tuple[float, float] | None:
@@ -121,13 +132,21 @@ def _none(name: str, found: float, among: int) -> Limit:
     return Limit(name, found, 0, "", _held(found, 0.0), f"of {among}")
 
 
+def _end(soak: Soak) -> Limit:
+    """The server must answer at the end of the soak, and end by itself with exit code 0."""
+    found = [each for each in (soak.gone, soak.ended_badly) if each]
+    name, note = "bad ends of the server", "; ".join(found)
+    return Limit(name, len(found), 0, "", _held(len(found), 0.0), note)
+
+
 def _metrics(soak: Soak) -> list[Limit]:
-    found = []
-    for name in ("withheld as unsteered", "failures of steering"):
-        found.append(_zero(f"{name} ({_metric(COUNTED[name])})", soak.counted(name), name))
+    counted = ("withheld as unsteered", "failures of steering")
+    values = {name: (f"{name} ({_metric(COUNTED[name])})", soak.counted(name)) for name in counted}
     for name, series in HELD.items():
-        found.append(_zero(f"{name} at the end ({_metric(series)})", soak.after[name], name))
-    return found
+        values[name] = f"{name} at the end ({_metric(series)})", soak.after[name]
+    if soak.gone:
+        return [Limit(title, None, 0, "", NOT_READ) for title, _ in values.values()]
+    return [_zero(title, value, name) for name, (title, value) in values.items()]
 
 
 def _metric(series: Series) -> str:
@@ -146,6 +165,8 @@ def _zero(title: str, value: float | None, name: str) -> Limit:
 
 def _growth(soak: Soak) -> Limit:
     name = f"growth of memory ({soak.memory_kind or 'PSS'} of all its processes)"
+    if soak.gone:
+        return Limit(name, None, MAX_GROWTH, "share", NOT_READ)
     if soak.memory_kind is None:
         return Limit(name, None, MAX_GROWTH, "share", "not judged: the processes were not seen")
     ends = growth(soak.memory, soak.seconds)

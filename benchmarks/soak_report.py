@@ -35,7 +35,7 @@ def report(soak: Soak, facts: Mapping[str, Any], warnings: Sequence[str] = ()) -
     details = [f"{each.kind}: {each.problem}: {each.detail}" for each in wrong]
     if soak.parity is not None:
         details += soak.parity.details
-    found = list(warnings)
+    found = [*warnings, *(f"the server: {each}" for each in (soak.gone, soak.ended_badly) if each)]
     found += [f"left out, {method}: {why}" for method, why in sorted(soak.left_out.items())]
     return {
         "benchmark": "soak",

@@ -49,7 +49,8 @@ async def run_soak(target: Target, dtype: str, seconds: float, concurrency: int,
 
     Before a soak that is long enough to judge memory, the largest requests are sent at once.
 
-    Raises EndpointError, also where the server runs in another dtype; httpx.HTTPError.
+    That the server is gone by then is part of what was seen. Raises EndpointError, also where it
+    runs in another dtype; httpx.HTTPError before the traffic.
     """
     async with Driver(target.url, target.key, target.headers) as driver:
         place, left_out = await prepare(driver, dtype)
@@ -64,7 +65,12 @@ async def run_soak(target: Target, dtype: str, seconds: float, concurrency: int,
             took = time.perf_counter() - driver.started
         for ask in delete_shared():
             await driver.ask(ask)
-        after = await settled(driver.http, _last(place))
+        gone = None
+        try:
+            after = await settled(driver.http, _last(place))
+        except httpx.HTTPError as error:
+            after = dict.fromkeys(before)
+            gone = f"it does not answer at the end: {type(error).__name__}: {error}"
     return Soak(
         took,
         driver.outcomes,
@@ -74,6 +80,7 @@ async def run_soak(target: Target, dtype: str, seconds: float, concurrency: int,
         None if memory is None else memory.kind,
         driver.samples,
         left_out,
+        gone=gone,
     )
 
 

@@ -63,7 +63,8 @@ def _emphasis(draw: random.Random, geometry: ModelGeometry, prompt: str) -> dict
 
 
 def _head_scale(draw: random.Random, geometry: ModelGeometry, prompt: str) -> dict[str, Any]:
-    scales = [[*head, round(draw.uniform(-0.5, 2.0), 3)] for head in _heads(draw, geometry)]
+    # Not 0: with a shift of the same head that is refused.
+    scales = [[*head, round(draw.uniform(-0.5, 2.0), 3) or 0.5] for head in _heads(draw, geometry)]
     return {"method": "head_scale", "scales": scales}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 MAX_HALF_WIDTH = 0.02
 """An interval wider than +- this supports no verdict."""
 RESAMPLES = 9999
+MIN_RESAMPLED = 6
+"""Of fewer values a bootstrap gives no interval: it would be far too narrow."""
 
 
 class Verdict(StrEnum):
@@ -25,7 +27,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Ratio:
-    """A mean or median over rounds, mostly of ratios, and its 95 % bootstrap interval."""
+    """A mean or median over rounds, mostly of ratios, and its 95 % interval.
+
+    low, high: NaN for a median of fewer than `MIN_RESAMPLED`.
+    """
 
     value: float
     low: float
@@ -33,46 +38,53 @@ class Ratio:
     rounds: int
 
 
-def paired_ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
+def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """The geometric mean of values[i] / baseline[i] over rounds i, which share whatever disturbed
     round i.
 
-    The interval is a percentile bootstrap over rounds. Raises ValueError for fewer than two
-    rounds or unequal numbers of them.
+    The interval is Student's t for the mean of the logarithms, very wide for two or three rounds.
+    Raises ValueError for fewer than two rounds or unequal numbers of them.
     """
-    return _paired(values, baseline, seed, np.mean)
+    logs = _logs(values, baseline)
+    number = len(logs)
+    if np.ptp(logs) == 0.0:  # whose mean, and deviation from it, need not be exact
+        middle, half = logs[0], 0.0
+    else:
+        middle = logs.mean()
+        half = stdtrit(number - 1, 0.975) * logs.std(ddof=1) / np.sqrt(number)
+    value, low, high = (float(np.exp(each)) for each in (middle, middle - half, middle + half))
+    return Ratio(value, low, high, number)
 
 
-def paired_median(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
-    """`paired_ratio` with the median: for single short times, of which a few are far out."""
-    return _paired(values, baseline, seed, np.median)
+def paired_median(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """`paired_ratio` with the median: for single short times, of which a few are far out.
+
+    The interval is that of `bootstrap_median`.
+    """
+    found = bootstrap_median(_logs(values, baseline))
+    value, low, high = (float(np.exp(each)) for each in (found.value, found.low, found.high))
+    return Ratio(value, low, high, found.rounds)
 
 
-def bootstrap_median(values: Sequence[float], seed: int = 0) -> Ratio:
-    """The median of measurements that are no ratios, and its interval as of `paired_median`.
+def bootstrap_median(values: Sequence[float] | np.ndarray) -> Ratio:
+    """The median of measurements that are no ratios, and a percentile bootstrap over rounds.
 
     Raises ValueError for fewer than two.
     """
     if len(values) < 2:
         raise ValueError(f"need two rounds or more, got {len(values)}")
     array = np.asarray(values, float)
-    drawn = np.median(np.random.default_rng(seed).choice(array, (RESAMPLES, len(array))), axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Ratio(float(np.median(array)), float(low), float(high), len(array))
+    low = high = float("nan")
+    if len(array) >= MIN_RESAMPLED:
+        drawn = np.random.default_rng(0).choice(array, (RESAMPLES, len(array)))
+        low, high = map(float, np.quantile(np.median(drawn, axis=1), [0.025, 0.975]))
+    return Ratio(float(np.median(array)), low, high, len(array))
 
 
-def _paired(
-    values: Sequence[float], baseline: Sequence[float], seed: int, middle: Callable[..., Any]
-) -> Ratio:
+def _logs(values: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
     if len(values) != len(baseline) or len(values) < 2:
         raise ValueError(f"need two rounds or more of both, got {len(values)}, {len(baseline)}")
-    logs = np.log(np.asarray(values, float) / np.asarray(baseline, float))
-    value = float(np.exp(middle(logs)))
-    if np.ptp(logs) == 0.0:  # the bootstrap of a constant has no interval
-        return Ratio(value, value, value, len(logs))
-    drawn = middle(np.random.default_rng(seed).choice(logs, (RESAMPLES, len(logs))), axis=1)
-    low, high = np.exp(np.quantile(drawn, [0.025, 0.975]))
-    return Ratio(value, float(low), float(high), len(logs))
+    return np.log(np.asarray(values, float) / np.asarray(baseline, float))
 
 
 def verdict(

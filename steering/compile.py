@@ -46,8 +46,8 @@ def compile_spec(
 ) -> SteeringProgram:
     """Compile a spec for a model.
 
-    The methods are applied together: scales multiply, biases add, edits of the same scope become
-    one table.
+    The methods are applied together: scales multiply, biases add and shifts add, after all scales;
+    edits of the same scope become one table.
 
     Raises SteeringError naming the JSON path, for unknown presets and methods, options that do
     not fit the model, methods that conflict, and edits this engine cannot do.
@@ -104,6 +104,11 @@ def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
                         where = f"layer {at[0]}, head {at[1]}"
                         message = f"{both} both redistribute the attention of {where}"
                         raise SteeringError(Reason.CONFLICT, message, path)
+                    at = other.words.silences(edit.words) or edit.words.silences(other.words)
+                    if at is not None:
+                        where = f"layer {at[0]}, head {at[1]}"
+                        message = f"of {both} one silences {where} and the other shifts it"
+                        raise SteeringError(Reason.CONFLICT, message, path)
             if part.sink_rule and earlier.sink_rule and part.sink_rule != earlier.sink_rule:
                 message = f"{both} tell sinks by different dimensions or thresholds"
                 raise SteeringError(Reason.CONFLICT, message, path)
@@ -124,7 +129,7 @@ def refuse_conflicts(parts: Sequence[tuple[str, str, CompiledMethod]]) -> None:
 
 
 def compose(edits: Sequence[HeadEdit]) -> tuple[HeadEdit, ...]:
-    """Merge the edits of each query scope, in the order given; identities are dropped.
+    """Merge the edits of each query scope; identities are dropped. Their order does not matter.
 
     Raises ValueError for edits that conflict.
     """
@@ -184,6 +189,7 @@ def _applied(name: str, part: CompiledMethod) -> AppliedMethod:
         name,
         part.details,
         scope if part.saliency is None else None,
+        edits=_edits(part) or bool(part.residual_edits) or _selects(part),
         attention_layers=int(sum(each.sum() for each in layers)),
         chooses_heads=_selects(part),
         gates=part.saliency is not None,

@@ -198,12 +198,19 @@ class HeadWords:
         found = np.argwhere(np.any(clashes, axis=0))
         return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
 
-    def then(self, later: HeadWords) -> HeadWords:
-        """The composition of words without a `conflict`: first these, then `later`.
+    def silences(self, other: HeadWords) -> tuple[int, int] | None:
+        """The first (layer, head) that these words scale by 0 and others shift, None for none."""
+        shifted = other.table[..., F.SHIFT_INDEX] >= 0
+        found = np.argwhere((self.table[..., F.SCALE] == 0) & shifted)
+        return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
 
-        Logit biases and gains add, gammas multiply, and the head output goes through both affine
-        maps: z -> later.scale * (scale * z + shift) + later.shift. Raises ValueError for words
-        that conflict.
+    def then(self, later: HeadWords) -> HeadWords:
+        """The composition of words without a `conflict`: these and `later`.
+
+        Logit biases and gains add, gammas multiply, and so do scales; then the shifts are added,
+        unscaled, whichever came first. So the order of affine edits does not matter, and heads
+        that are chosen while a request runs are scaled as if they had been given. Raises
+        ValueError for words that conflict.
         """
         if (at := self.conflict(later)) is not None:
             raise ValueError(f"two edits redistribute attention at layer {at[0]}, head {at[1]}")
@@ -217,7 +224,7 @@ class HeadWords:
             ours_used = _used(ours, users)[..., None]
             table[..., columns] = np.where(ours_used, ours[..., columns], theirs[..., columns])
         # A shift of zero and no shift are the same edit; the composed rows are made anew.
-        shift = later.table[..., F.SCALE, None] * self.dense_shift() + later.dense_shift()
+        shift = self.dense_shift() + later.dense_shift()
         table[..., F.SHIFT_INDEX], shifts = index_shifts(shift)
         return HeadWords(table, shifts)
 

@@ -76,7 +76,9 @@ class Profile(StrictModel):
 
     def check_model(self, geometry: ModelGeometry, param: str = "profile") -> None:
         """Raise SteeringError(E_PROFILE_MISMATCH) if it was made for a model of other sizes."""
-        if self.fingerprint != geometry.fingerprint:
+        sizes = geometry.fingerprint, geometry.num_layers, geometry.hidden_size
+        # A file may claim any fingerprint; its parts were checked against the sizes it claims.
+        if (self.fingerprint, self.num_layers, self.hidden_size) != sizes:
             made_for = _describe(self.architecture, self.num_layers, self.hidden_size)
             model = _describe(geometry.architecture, geometry.num_layers, geometry.hidden_size)
             message = (

@@ -21,7 +21,7 @@ import numpy as np
 from headway.steering.artifacts import ResidualArtifact
 from headway.steering.head_words import HeadWords, KeyTag
 
-FINGERPRINT_VERSION = b"headway-program-2"
+FINGERPRINT_VERSION = b"headway-program-3"
 """Part of every fingerprint; raised when the meaning of a field changes."""
 
 
@@ -189,7 +189,8 @@ class ProbePoints:
 class AppliedMethod:
     """What one method of the request really does, as reported back to the client.
 
-    scope: the query positions it edits, None where it edits none; attention_layers: layers whose
+    scope: the query positions it edits, None where it edits none; edits: whether its options
+    change anything there (not a factor of 1, nor a strength of 0). attention_layers: layers whose
     attention weights it edits. chooses_heads: whether its heads are known only once the engine has
     chosen them. gates: whether it refuses candidates, which the engine counts. profile: digest
     (hex) of the vector profile that its vectors are from. probes: those that are read for feedback.
@@ -203,6 +204,7 @@ class AppliedMethod:
     gates: bool = False
     profile: str | None = None
     probes: ProbePoints | None = None
+    edits: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -39,25 +39,27 @@ def find_messages(
 ) -> list[tuple[Piece, ...] | None]:
     """Where each message stands in the rendered prompt.
 
-    None for a message that the template changed, and for one that may as well be text of the
-    template.
+    None for a message that the template changed, and for one that may stand in two places: as
+    another message does, or text of the template.
 
     Messages are looked for from the last to the first, because templates like to put text of their
     own in front; first where a special token follows, as it does after a message, and then
     anywhere. A template may strip white space, or handle the parts of a message one by one.
+    Where no special token follows every message (as after one that is to be continued, or after
+    those of users in some templates), those that the two ways put in different places are refused,
+    unless only the second way finds them all.
     """
     view = _View(prompt)
-    limit = len(prompt.text)
-    places: list[tuple[Piece, ...] | None] = []
-    for text in reversed(messages):
-        pieces = view.find(text, limit)
-        if pieces:
-            limit = pieces[0].at
-        places.append(pieces)
-    places.reverse()
+    places, anywhere = view.places(messages), view.places(messages, anywhere=True)
+    if places != anywhere and not view.are_closed(messages, places):
+        if None in places and None not in anywhere:
+            places = anywhere
+        else:
+            pairs = zip(places, anywhere, strict=True)
+            places = [one if one == other else None for one, other in pairs]
     start = 0
     for index, pieces in enumerate(places):
-        if pieces and not view.is_closed(pieces) and not view.is_first(pieces, start):
+        if pieces and not view.is_first(pieces, start):
             places[index] = None
         elif pieces:
             start = pieces[-1].stop
@@ -74,27 +76,66 @@ class _View:
         at = 0
         for start, stop in prompt.specials:
             words += [prompt.text[at:start], " " * (stop - start)]
-            ends.add(at + len(words[-2].rstrip()))
+            if words[-2].strip():
+                ends.add(at + len(words[-2].rstrip()))
             at = stop
         self._ends = sorted(ends)  # of what stands in front of a special token
         self._unclosed_below: dict[str, int] = {}
         # Positions in it are positions in the prompt.
         self._without_specials = "".join([*words, prompt.text[at:]])
 
-    def is_closed(self, pieces: Sequence[Piece]) -> bool:
-        """Whether a special token follows."""
+    def places(
+        self, messages: Sequence[str], anywhere: bool = False
+    ) -> list[tuple[Piece, ...] | None]:
+        """The last places of messages in their order; anywhere: as for `find`."""
+        limit = len(self._text)
+        found = []
+        for text in reversed(messages):
+            pieces = self.find(text, limit, anywhere)
+            if pieces:
+                limit = pieces[0].at
+            found.append(pieces)
+        found.reverse()
+        return found
+
+    def are_closed(
+        self, messages: Sequence[str], places: Sequence[tuple[Piece, ...] | None]
+    ) -> bool:
+        """Whether a special token follows every message, and the last one is not to be continued.
+
+        Behind a message that is to be continued there is nothing, not even white space.
+        """
+        last = messages[-1].rstrip()
+        line = last.rpartition("\n")[2].strip()
+        if line and self._text.endswith((line, line + messages[-1][len(last) :])):
+            return False
+        return all(pieces is not None and self._is_closed(pieces) for pieces in places)
+
+    def _is_closed(self, pieces: Sequence[Piece]) -> bool:
+        if not pieces:
+            return True
         index = bisect_left(self._ends, pieces[-1].stop)
         return index < len(self._ends) and self._ends[index] == pieces[-1].stop
 
     def is_first(self, pieces: Sequence[Piece], start: int) -> bool:
-        """Whether the same text is not found earlier from `start` on."""
-        piece = pieces[0]
-        text = self._text[piece.at : piece.stop]
-        return self._text.find(text, start) == piece.at
+        """Whether the same text is not found earlier from `start` on.
 
-    def find(self, text: str, limit: int) -> tuple[Piece, ...] | None:
-        """Where a message stands in front of `limit`, in one piece or line by line."""
-        whole = self._last(text, 0, limit)
+        Where a special token follows: not found earlier in front of a special token.
+        """
+        if not self._is_closed(pieces):
+            piece = pieces[0]
+            return self._text.find(self._text[piece.at : piece.stop], start) == piece.at
+        piece = pieces[-1]
+        text = self._text[piece.at : piece.stop]
+        earlier = slice(bisect_left(self._ends, start), bisect_left(self._ends, piece.stop))
+        return not any(self._text.endswith(text, start, end) for end in self._ends[earlier])
+
+    def find(self, text: str, limit: int, anywhere: bool) -> tuple[Piece, ...] | None:
+        """Where a message stands in front of `limit`, in one piece or line by line.
+
+        anywhere: not only in second choice where no special token follows.
+        """
+        whole = self._last(text, 0, limit, anywhere)
         if whole is not None:
             return (whole,) if whole.length else ()
         pieces: list[Piece] = []
@@ -103,7 +144,7 @@ class _View:
             start = end - len(line)
             end = start - 1
             # Nothing but white space and special tokens may stand between two lines.
-            piece = self._last(line, start, limit, anywhere=bool(pieces))
+            piece = self._last(line, start, limit, anywhere or bool(pieces))
             if piece is None or (pieces and self._without_specials[piece.stop : limit].strip()):
                 return None
             if piece.length:
@@ -111,7 +152,7 @@ class _View:
                 limit = piece.at
         return tuple(reversed(pieces))
 
-    def _last(self, line: str, start: int, limit: int, anywhere: bool = False) -> Piece | None:
+    def _last(self, line: str, start: int, limit: int, anywhere: bool) -> Piece | None:
         """The last place in front of `limit` of a line, stripped.
 
         start: offset of the line in its message. anywhere: also where no special token follows,

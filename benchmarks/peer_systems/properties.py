@@ -24,14 +24,16 @@ NOT_APPLICABLE, NOT_TESTED = "not applicable", "not tested"
 PROPERTIES = ("prefix_cache", "batch_mates", "zero_strength", "bad_spec", "first_token")
 TOLERANCE = 1e-2
 OUTPUT_TOKENS = 8
+TRIED = 4
+"""Requests of a batch."""
 
 
 class Trial:
     """One system and one method under test.
 
-    prompts: of the batch; long_prompt: of more than two blocks of the prefix cache. steered: the
-    steering of each request of a batch. shared, checked: as in `protocol.Peer`. `reasons` says why
-    something was not tested, and what failed.
+    prompts: of the batch, `TRIED` or more; long_prompt: of more than two blocks of the prefix
+    cache. steered: the steering of each request of a batch. shared, checked: as in `protocol.Peer`.
+    `reasons` says why something was not tested, and what failed.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Trial:
             return NOT_APPLICABLE
         plain = request(self.prompts[0])
         (alone,) = self.system.answer([plain], OUTPUT_TOKENS)
-        mates = list(map(request, self.prompts[1:4], self.steered[1:4]))
+        mates = list(map(request, self.prompts[1:TRIED], self.steered[1:TRIED]))
         beside = self.system.answer([mates[0], plain, *mates[1:]], OUTPUT_TOKENS)[1]
         return HOLDS if equal(alone, beside) else FAILS
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headway.benchmarks.peer_systems.protocol import Answer, Peer
-from headway.benchmarks.sgrs_published import Published
+from headway.benchmarks.sgrs_published import PublishedProcess
 
 PEER = Peer(
     name="SGRS as published",
@@ -25,13 +25,14 @@ PEER = Peer(
 
 
 class PublishedSGRS:
-    """The procedure on the prompts and answers of Headway's own requests."""
+    """The procedure on the prompts and answers of Headway's own requests. Raises EngineError."""
 
     def __init__(self, model: Path, dtype: str) -> None:
-        self.published = Published.load(model, dtype)
+        self.published = PublishedProcess(model, dtype)
+        self.published.timed([0, 0], 0, [0], 1)  # so that it loads while nothing is measured
 
     def seconds_per_token(self, prompt: Sequence[int], answers: Sequence[Answer]) -> float:
-        """For the first of these answers at half its length.
+        """For the first of these answers at half its length. Raises EngineError.
 
         answers: of requests with `sgrs`, the first of them to `prompt`.
         """
@@ -42,3 +43,7 @@ class PublishedSGRS:
         _, seconds = self.published.timed(context, tokens[half], layers, len(prompt))
         draws = sum(each["draws"] for each in answers)
         return seconds * draws / sum(len(each["token_ids"]) for each in answers)
+
+    def close(self) -> None:
+        """End the process."""
+        self.published.close()

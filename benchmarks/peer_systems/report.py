@@ -9,11 +9,13 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
+from headway.benchmarks.engine import server_settings
 from headway.benchmarks.environment import cpu_warnings, environment
 from headway.benchmarks.peer_systems.environments import version_of
 from headway.benchmarks.peer_systems.headway_server import NAME as HEADWAY
 from headway.benchmarks.peer_systems.properties import PROPERTIES
 from headway.benchmarks.peer_systems.protocol import Peer
+from headway.benchmarks.peer_systems.worker_process import SETTINGS
 from headway.benchmarks.statistics import paired_ratio
 
 Key = tuple[str, str]
@@ -42,9 +44,17 @@ class Measurement:
 
 
 def report(
-    measurement: Measurement, peers: Sequence[Peer], model: str, dtype: str, concurrency: int
+    measurement: Measurement,
+    peers: Sequence[Peer],
+    model: str,
+    dtype: str,
+    concurrency: int,
+    rounds: int,
 ) -> dict[str, Any]:
-    """Everything that was measured and what follows from it, as JSON values."""
+    """Everything that was measured and what follows from it, as JSON values.
+
+    What was tried and never measured, since no peer was left to compare it with, has no row.
+    """
     versions = {HEADWAY: version("headway")} | {peer.name: version_of(peer) for peer in peers}
     return {
         "benchmark": "peers",
@@ -52,6 +62,9 @@ def report(
         "environment": environment(),
         "model": model,
         "dtype": dtype,
+        "rounds": rounds,
+        "server_settings": server_settings(),
+        "peer_settings": SETTINGS,
         "warnings": cpu_warnings(measurement.foreign_share),
         "rows": [
             {
@@ -61,14 +74,18 @@ def report(
                 "concurrency": concurrency,
             }
             | compared(measurement, name, method)
-            for name, method in measurement.speeds
+            for (name, method), speeds in measurement.speeds.items()
+            if speeds
         ],
         "unavailable": measurement.unavailable,
     }
 
 
 def compared(measurement: Measurement, name: str, method: str) -> dict[str, Any]:
-    """Mean speeds of a system and of Headway, and Headway's relative to it, None for itself."""
+    """Mean speeds of a system and of Headway, and Headway's relative to it, None for itself.
+
+    runs: the system's in each round.
+    """
     theirs, ours = measurement.speeds[name, method], measurement.speeds[HEADWAY, method]
     ratio = None if name == HEADWAY else paired_ratio(ours, theirs)
     return {
@@ -77,6 +94,7 @@ def compared(measurement: Measurement, name: str, method: str) -> dict[str, Any]
         "ratio": ratio and ratio.value,
         "low": ratio and ratio.low,
         "high": ratio and ratio.high,
+        "runs": theirs,
         "properties": measurement.properties[name, method],
         "notes": measurement.notes[name, method],
     }
@@ -105,6 +123,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"unavailable: {row['system']}, {row['method']}: {row['reason']}")
         lines.append(f"    tried: {row['command']}")
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
-    lines += ["", f"{result['model']}, {result['dtype']}; {packages}; commit {facts['commit']}"]
-    lines += [f"{facts['cpu']}, {facts['usable_threads']} threads"]
+    lines += ["", f"{result['rounds']} rounds; {packages}; commit {facts['commit']}"]
+    lines += [
+        f"{result['model']}, {result['dtype']}; {facts['cpu']}, {facts['usable_threads']} threads"
+    ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in result["warnings"])])

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.benchmarks.engine import end
+from headway.benchmarks.engine import KEEP_MEMORY, end
 from headway.benchmarks.peer_systems.protocol import START, Answer, Peer, Request
 
 PACKAGE = Path(__file__).resolve().parent
-SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {**KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of every peer."""
 
 
 class Refused(RuntimeError):

@@ -38,7 +38,7 @@ def read_pairs(path: Path, target: str | None = None) -> tuple[Pair, ...]:
     or for fewer than `MIN_PAIRS` of them.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
     Raises OSError if it cannot be read, ValueError if there is none in it.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ValueError(f"{path}: the file holds no prompt")

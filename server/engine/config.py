@@ -105,13 +105,17 @@ def uses_gpu_runner(vllm_config: Any) -> bool:
 def _unsupported_cpu_cache(model: Any, cache: Any) -> str | None:
     if cache.block_size % BLOCK_MULTIPLE:
         return f"the KV cache's block size must be a multiple of {BLOCK_MULTIPLE}"
-    layout = cache_layout(model.dtype, cache.block_size, model.get_head_size())
-    if layout != "vec":
-        return (
-            f"on this processor vLLM lays a {model.dtype} KV cache out as `{layout}`, which the "
-            "attention kernel does not read; --dtype float32 has the layout it reads"
-        )
-    return None
+    block_size, head_size = cache.block_size, model.get_head_size()
+    layout = cache_layout(model.dtype, block_size, head_size)
+    if layout == "vec":
+        return None
+    reason = (
+        f"on this processor vLLM lays a {model.dtype} KV cache with heads of {head_size} out as "
+        f"`{layout}`, which the attention kernel does not read"
+    )
+    if cache_layout(torch.float32, block_size, head_size) == "vec":
+        reason += "; --dtype float32 has the layout it reads"
+    return reason
 
 
 RESIDUAL_EDITS = "residual_edits"
@@ -238,7 +242,23 @@ def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
             f"SGRS does not know the layers of {text} ({model.architecture}); it knows: {known}"
         )
         return Reason.UNSUPPORTED, message
+    cache = getattr(vllm_config, "cache_config", None)
+    if cache is not None and (reason := _unreadable_for_saliency(model, cache)):
+        return Reason.UNSUPPORTED, reason
     return None
+
+
+def _unreadable_for_saliency(model: Any, cache: Any) -> str | None:
+    """The gate computes attention once more, from keys and values in the cache."""
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        return f"SGRS does not read a KV cache of {cache.cache_dtype}"
+    layout = cache_layout(model.dtype, cache.block_size, model.get_head_size())
+    if layout == "vec":  # keys by dimension, values by position, neither packed
+        return None
+    return (
+        f"on this processor vLLM lays a {model.dtype} KV cache with heads of "
+        f"{model.get_head_size()} out as `{layout}`, which SGRS does not read"
+    )
 
 
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -42,6 +42,7 @@ class HeldArtifacts:
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
         self._lock = asyncio.Lock()
+        self._loading: set[asyncio.Task[None]] = set()
 
     @property
     def held_bytes(self) -> int:
@@ -60,8 +61,7 @@ class HeldArtifacts:
         self._users.update(needed.keys())
         try:
             if needed.keys() - self._sizes.keys() or self._lock.locked():
-                async with self._lock:
-                    await self._load(needed)
+                await self._load_whatever_happens(needed)
         except BaseException:
             self.release(list(needed))
             raise
@@ -76,13 +76,31 @@ class HeldArtifacts:
             if self._users[digest] <= 0:
                 del self._users[digest]
 
+    async def _load_whatever_happens(self, needed: dict[str, ResidualArtifact]) -> None:
+        """Load in a task of its own.
+
+        The workers carry out what was sent to them, also for a client that has gone meanwhile.
+        """
+        task = asyncio.create_task(self._load(needed))
+        self._loading.add(task)
+        task.add_done_callback(self._has_loaded)
+        await asyncio.shield(task)
+
+    def _has_loaded(self, task: asyncio.Task[None]) -> None:
+        self._loading.discard(task)
+        if not task.cancelled():
+            task.exception()  # else Python complains where nobody waits for it any more
+
     async def _load(self, needed: dict[str, ResidualArtifact]) -> None:
-        missing = [each for digest, each in needed.items() if digest not in self._sizes]
-        sizes = {each.digest: each.num_bytes for each in missing}
-        await self._make_room(sum(sizes.values()))
-        if missing:
-            await self._loader.load_artifacts(list(map(encode_artifact, missing)), self._holder)
-            self._sizes.update(sizes)
+        async with self._lock:
+            wanted = (each for digest, each in needed.items() if digest in self._users)
+            missing = [each for each in wanted if each.digest not in self._sizes]
+            sizes = {each.digest: each.num_bytes for each in missing}
+            await self._make_room(sum(sizes.values()))
+            if missing:
+                wires = list(map(encode_artifact, missing))
+                await self._loader.load_artifacts(wires, self._holder)
+                self._sizes.update(sizes)
 
     async def _make_room(self, wanted: int) -> None:
         """Let go of unused artefacts, the least recently used first, until `wanted` bytes fit."""

@@ -44,8 +44,12 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # Whatever ends or is preempted gives its blocks back through one method.
     (SCHEDULER, "Scheduler._free_blocks", ("self._free_request_blocks(request)",)),
     (SCHEDULER, "Scheduler._preempt_request", ("self._free_request_blocks(request)",)),
-    (KV_MANAGER, "KVCacheManager", ("self.block_pool", "self.kv_cache_config")),
-    ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block",)),
+    (
+        KV_MANAGER,
+        "KVCacheManager",
+        ("self.block_pool", "self.kv_cache_config", "self.watermark_blocks"),
+    ),
+    ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block", "self.num_gpu_blocks")),
     (
         "vllm.v1.request",
         "Request",

@@ -146,7 +146,13 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.v1.outputs",
         "ModelRunnerOutput",
-        ("req_ids", "req_id_to_index", "sampled_token_ids"),
+        (
+            "req_ids",
+            "req_id_to_index",
+            "sampled_token_ids",
+            "prompt_logprobs_dict",
+            "prompt_token_id_logprobs_dict",
+        ),
     ),
     # attention.py
     Seam(BACKEND, "AttentionType.DECODER"),
@@ -209,7 +215,13 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
-        ("scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"),
+        (
+            "scheduled_new_reqs",
+            "finished_req_ids",
+            "preempted_req_ids",
+            "num_scheduled_tokens",
+            "total_num_scheduled_tokens",
+        ),
     ),
     Seam("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     Seam("vllm.distributed", "get_tp_group"),

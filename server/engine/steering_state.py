@@ -313,13 +313,14 @@ class SteeringState:
 
     def _join_text_passes(self, step: Scheduled) -> None:
         """Have the heads of a text pass scaled with those of the request that it is for."""
-        for capture in step.captures:
+        for capture in list(step.captures):
             request = self.requests[capture.request_id]
             if not request.must_choose:
                 continue
             choice = next((each for each in step.choices if each.text is capture.text), None)
             with self.guard("slot", [capture.request_id]):
                 if choice is None:
+                    step.captures.remove(capture)  # who came later would be compared with it
                     raise RuntimeError("a text pass to be scaled ran without its request")
                 choice.slots += sorted(request.slots.values())
 

@@ -3,16 +3,19 @@
 vLLM symbols relied on: `Scheduler._free_request_blocks`, through which blocks leave a request that
 ends or is preempted; `BlockPool.get_new_blocks`, through which they reach the next one;
 `Scheduler.schedule`; `Request.num_computed_tokens`, `num_in_flight_tokens`; `KVCacheManager`
-(`get_block_ids`, `block_pool`, `kv_cache_config`); of the runners `kv_cache_config.num_blocks`, and
-`kv_cache` of the modules in `CompilationConfig.static_forward_context`, whose first dimension are
-blocks.
+(`get_block_ids`, `evict_blocks`, `block_pool`, `kv_cache_config`); of the runners
+`kv_cache_config.num_blocks`, and `kv_cache` of the modules in
+`CompilationConfig.static_forward_context`, whose first dimension are blocks.
 
 A block is not emptied when it is freed, and kernels read beyond the end of a sequence, where what
 they find has the weight 0: times NaN that is NaN. vLLM's kernel on CPU does so, and thus what one
 request's edit left behind would spoil the answers of others, unsteered ones included.
 
 Tainted are the blocks that a steered request wrote in a step in which it failed, and in one whose
-result nobody looked at because the request left meanwhile.
+result nobody looked at because the request left meanwhile. They leave the prefix cache as well:
+where the step failed, they lack an edit that their hash promises. Those that lie before the first
+position that its edits touch are neither: attention is causal, in every model that is steered, and
+unsteered requests may share them.
 """
 
 from __future__ import annotations
@@ -57,13 +60,25 @@ class ClearsTaintedBlocks:
 
     def _free_request_blocks(self: Any, request: Request) -> None:
         if request.num_in_flight_tokens and payload_of(request) is not None:
-            self.tainted |= written_blocks(self, request)
+            self.spoil(written_blocks(self, request))
         super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def spoil(self: Any, blocks: set[int]) -> None:
+        """Take blocks out of the prefix cache, and have them cleared before they are used again."""
+        self.kv_cache_manager.evict_blocks(blocks)
+        self.tainted |= blocks
 
 
 def written_blocks(scheduler: Any, request: Request) -> set[int]:
-    """Blocks holding positions that a request computed in steps not yet processed."""
-    start = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+    """Blocks holding positions that a request computed in steps not yet processed.
+
+    Only from the first position on that its edits touch; none where they touch none, which is so
+    where tokens are judged and nothing is edited.
+    """
+    touched = [position for position, _ in (payload_of(request) or {}).get("cache_keys", ())]
+    if not touched:
+        return set()
+    start = max(min(touched), request.num_computed_tokens - request.num_in_flight_tokens)
     manager = scheduler.kv_cache_manager
     written: set[int] = set()
     groups = zip(

@@ -84,10 +84,10 @@ class TextPasses:
         # The sequences of one request (n > 1) may share their parameters.
         params.extra_args = {**(params.extra_args or {}), EXTRA_ARG: {**payload, TEXT: key}}
         request.sampling_params = params
+        self.note_computed()
         if key in self.known:
             self.known.move_to_end(key)
-            return None
-        if key in self.running and not self.running[key].is_finished():
+        if key in self.known or key in self.running:
             return None
         self.passes += 1
         self.running[key] = self._request(request, key, tokens, self._forget(waiting))
@@ -119,19 +119,29 @@ class TextPasses:
         return text.status == RequestStatus.RUNNING and text not in partial
 
     def note_computed(self) -> None:
-        """After a step was scheduled: passes that it completes are known from the next on."""
+        """After a step was scheduled: passes that it completes are known from the next on.
+
+        What a pass that ended before was to tell the workers to forget, another has to.
+        """
         for key, text in list(self.running.items()):
-            if text.is_finished() or text.num_computed_tokens >= text.num_prompt_tokens:
-                del self.running[key]
-                if is_paired(text):
-                    self._stale.append(key)
-                else:
-                    self.known[key] = None
+            is_computed = text.num_computed_tokens >= text.num_prompt_tokens
+            if not is_computed and not text.is_finished():
+                continue
+            del self.running[key]
+            if is_computed and not is_paired(text):
+                self.known[key] = None
+            else:
+                self._stale.append(key)
+            if not is_computed:
+                self._stale += (payload_of(text) or {})[FORGOTTEN_TEXTS]
 
     def failed(self, request_id: str) -> None:
         """The workers have not got what a pass should have given."""
         if request_id.startswith(PREFIX):
-            self.known.pop(request_id.removeprefix(PREFIX).split("-", 1)[0], None)
+            key = request_id.removeprefix(PREFIX).split("-", 1)[0]
+            if key in self.known:
+                del self.known[key]
+                self._stale.append(key)
 
     def _forget(self, waiting: list[Request]) -> list[str]:
         """Make room: the keys of texts that nobody waits for, the oldest first."""
@@ -142,7 +152,7 @@ class TextPasses:
             del self.known[key]
         stale = [key for key in self._stale if key not in needed]
         self._stale = [key for key in self._stale if key in needed]
-        return oldest + [key for key in stale if key not in self.known]
+        return oldest + [key for key in stale if key not in self.known and key not in self.running]
 
     def _request(
         self, request: Request, key: str, tokens: list[int], forgotten: list[str]

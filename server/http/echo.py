@@ -44,8 +44,9 @@ def echo_of(
 
 def positions_edited(applied: AppliedMethod, report: EngineReport | None) -> int:
     """How many positions a method edited."""
-    by_scope = report.by_scope if report else {}
-    return by_scope.get(str(applied.scope), 0) if applied.scope is not None else 0
+    if report is None or applied.scope is None or not applied.edits:
+        return 0
+    return report.by_scope.get(str(applied.scope), 0)
 
 
 def _applied(

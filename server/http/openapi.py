@@ -102,7 +102,7 @@ PRESET_BODY = body(
         "required": ["methods"],
         "properties": {
             "methods": METHODS_SCHEMA,
-            "description": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "description": {"anyOf": [{"type": "string", "maxLength": 1024}, {"type": "null"}]},
         },
         "additionalProperties": False,
     }

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from headway.steering import (
     ModelGeometry,
@@ -22,7 +22,9 @@ from headway.steering import (
 from headway.steering.schema import PresetName
 
 PRESET_KEYS = {"methods", "description"}
+Description = Annotated[str, Field(max_length=1024)]
 _NAME: TypeAdapter[str] = TypeAdapter(PresetName)
+_DESCRIPTION: TypeAdapter[str] = TypeAdapter(Description)
 
 
 class PresetError(ValueError):
@@ -104,8 +106,12 @@ def parse_preset(name: str, content: Any, geometry: ModelGeometry, param: str) -
         message = f"unknown key {unknown[0]!r}; the keys are: methods, description"
         raise SteeringError(Reason.BAD_PARAM, message, param)
     description = content.get("description")
-    if description is not None and not isinstance(description, str):
-        raise SteeringError(Reason.BAD_PARAM, "must be a string", f"{param}.description")
+    try:
+        if description is not None:
+            _DESCRIPTION.validate_python(description)
+    except ValidationError as error:  # also of half a surrogate pair, which no answer could hold
+        message = error.errors(include_input=False)[0]["msg"]
+        raise SteeringError(Reason.BAD_PARAM, message, f"{param}.description") from None
     spec: SteeringSpec = parse_spec({"methods": content["methods"]}, param)
     program = compile_spec(spec, geometry, param=param)
     return Preset(name, content["methods"], program, description)

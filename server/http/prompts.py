@@ -44,16 +44,25 @@ def check_rendered_prompts(engine_client: Any) -> None:
 def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Check a JSON body against its program; the text of each chat message, None if it is no chat.
 
+    The messages of a response are its own: its instructions and its input, without those of the
+    response that it goes on from.
+
     Raises SteeringError: E_NO_IMAGE for a program that needs an image where there is none,
-    E_BAD_PARAM for a span that no message holds.
+    E_BAD_PARAM for a span that no message holds, E_UNSUPPORTED for one of a message where the
+    input of a response does not tell what the messages are.
     """
     if not any(body.get(name) is not None for name in PROMPT_FIELDS):
         return None
     require_image(program, _has_picture(body.get("messages") or body.get("input")))
     messages = body.get("messages")
+    is_response = messages is None and body.get("input") is not None
+    if is_response:
+        messages = response_messages(body)
     texts = None
     if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
         texts = tuple(message_texts(messages))
+    if program.marks and is_response and texts is None:
+        _refuse_messages(program)
     if program.marks:
         check_spans(program.marks, texts, program.marks_param)
         if texts is None:
@@ -61,15 +70,44 @@ def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str
     return texts
 
 
+def response_messages(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The chat messages that vLLM makes of the instructions and the input of a response.
+
+    None where an item of the input is no message: vLLM merges those of tools and of reasoning with
+    others. Of an assistant's message it takes the first part.
+    """
+    given, instructions = body["input"], body.get("instructions")
+    messages = [{"content": instructions}] if instructions else []
+    if isinstance(given, str):
+        return [*messages, {"content": given}]
+    for item in given if isinstance(given, list) else [None]:
+        if not isinstance(item, dict) or "role" not in item:
+            return None
+        if item.get("type") not in (None, "message"):
+            return None
+        content = item.get("content")
+        if item["role"] == "assistant" and isinstance(content, list):
+            content = content[:1]
+        messages.append({"content": content})
+    return messages
+
+
+def _refuse_messages(program: SteeringProgram) -> None:
+    """Raise SteeringError(E_UNSUPPORTED) for a span that refers to chat messages."""
+    for index, selector in enumerate(program.marks):
+        if selector.tokens is None:
+            message = (
+                "the input has items that are no messages; spans of its messages cannot be told, "
+                "give token positions instead"
+            )
+            raise SteeringError(Reason.UNSUPPORTED, message, f"{program.marks_param}[{index}]")
+
+
 def _check_texts(program: SteeringProgram, body: Mapping[str, Any]) -> None:
     """Every text to mark must occur in each prompt of a body that is no chat, if it has texts."""
-    prompts = [body.get(name) for name in ("prompt", "input")]
-    texts = [
-        text
-        for prompt in prompts
-        for text in (prompt if isinstance(prompt, list) else [prompt])
-        if isinstance(text, str)
-    ]
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    texts = [text for text in prompts if isinstance(text, str)]
     for index, selector in enumerate(program.marks):
         if selector.text is not None and not all(selector.text in text for text in texts):
             message = f"the prompt does not contain {selector.text[:60]!r}"

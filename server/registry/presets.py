@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
-from headway.server.http.presets import Preset, parse_preset
+from headway.server.http.presets import Preset, parse_preset, preset_content
 from headway.server.registry.store import Stamp, Store
 from headway.server.registry.view import RegistryProfiles
 from headway.steering import ModelGeometry, SteeringError
@@ -17,12 +17,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Compiled:
-    """A preset of the registry; None where it does not compile for this model.
+    """A preset; None where it does not compile for this model.
 
-    references: the profiles that it names; versions: those that this meant, when it was compiled.
+    stamp: of its file in the registry, None for one that was given at the start. references: the
+    profiles that it names; versions: those that this meant, just before it was compiled.
     """
 
-    stamp: Stamp
+    stamp: Stamp | None
     references: tuple[str, ...]
     versions: tuple[str | None, ...]
     preset: Preset | None
@@ -52,7 +53,7 @@ class RegistryPresets(Mapping[str, Preset]):
         self._compiled: dict[str, _Compiled] = {}
 
     def __getitem__(self, name: str) -> Preset:
-        preset = self.given.get(name) or self._stored(name)
+        preset = self._given(name) or self._stored(name)
         if preset is None:
             raise KeyError(name)
         return preset
@@ -85,27 +86,45 @@ class RegistryPresets(Mapping[str, Preset]):
                 found[name] = known.references if known else ()
         return found
 
+    def _given(self, name: str) -> Preset | None:
+        """That of the start, as the profiles that it names are now.
+
+        Where it does not compile any more it stays as it was: a request that names it is refused.
+        """
+        preset = self.given.get(name)
+        if preset is None:
+            return None
+        return self._current(name, None, lambda: preset_content(preset)) or preset
+
     def _stored(self, name: str) -> Preset | None:
         stamp = self._store.preset_stamp(name)
         if stamp is None:
             self._compiled.pop(name, None)
             return None
+        return self._current(name, stamp, lambda: self._store.preset(name))
+
+    def _current(self, name: str, stamp: Stamp | None, read: Callable[[], Any]) -> Preset | None:
         known = self._compiled.get(name)
         if known is None or known.stamp != stamp or known.versions != self._exact(known.references):
-            known = self._compile(name, stamp)
+            known = self._compile(name, stamp, read)
             self._compiled[name] = known
         return known.preset
 
-    def _compile(self, name: str, stamp: Stamp) -> _Compiled:
+    def _compile(self, name: str, stamp: Stamp | None, read: Callable[[], Any]) -> _Compiled:
         preset: Preset | None = None
         references: tuple[str, ...] = ()
+        versions: tuple[str | None, ...] = ()
         try:
-            value = self._store.preset(name)
+            value = read()
             references = profiles_in(value.get("methods") if isinstance(value, dict) else None)
+            # Before it is compiled: what changes meanwhile must not pass for what was compiled.
+            versions = self._exact(references)
             preset = parse_preset(name, value, self._geometry, name)
         except SteeringError as error:
-            logger.warning("a preset of the registry is not for this server: %s", error)
-        return _Compiled(stamp, references, self._exact(references), preset)
+            logger.warning("a preset is not for this server: %s", error)
+        except Exception:  # one preset must not take all others down
+            logger.exception("the preset %s failed to compile", name)
+        return _Compiled(stamp, references, versions, preset)
 
     def _exact(self, references: tuple[str, ...]) -> tuple[str | None, ...]:
         return tuple(map(self._profiles.exact, references))

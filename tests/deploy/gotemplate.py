@@ -262,6 +262,11 @@ def required(message: str, value: Any) -> Any:
     return value
 
 
+def fail(message: str) -> Any:
+    """Raises TemplateError with the message."""
+    raise TemplateError(message)
+
+
 def to_json(value: Any) -> str:
     """As Go writes JSON: keys sorted, no spaces, 2 for 2.0, and nothing that HTML would read."""
     text = json.dumps(whole(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -285,13 +290,21 @@ def either(*values: Any) -> Any:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda *numbers: sum(numbers),
     "and": lambda *values: next((value for value in values if not value), values[-1]),
     "default": lambda other, value=None: value or other,
     "dict": lambda: {},
     "eq": lambda left, *right: left in right,
+    "fail": fail,
+    "gt": lambda left, right: left > right,
+    "has": lambda wanted, items: wanted in items,
     "indent": indent,
+    "index": lambda items, position: items[position],
     "int": int,
     "kindIs": lambda kind, value: (kind == "invalid") == (value is None),
+    "list": lambda *values: list(values),
+    "max": max,
+    "ne": lambda left, right: left != right,
     "nindent": lambda spaces, text: "\n" + indent(spaces, text),
     "not": lambda value: not value,
     "or": either,
@@ -300,6 +313,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "replace": lambda old, new, text: text.replace(old, new),
     "required": required,
     "sha256sum": lambda text: hashlib.sha256(text.encode()).hexdigest(),
+    "ternary": lambda yes, no, condition: yes if condition else no,
     "toJson": to_json,
     "toYaml": to_yaml,
     "trimSuffix": lambda suffix, text: text.removesuffix(suffix),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from shutil import which
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -22,7 +23,16 @@ from tests.deploy.chart import (
     render_files,
     values_of,
 )
-from tests.deploy.chart_cases import BARE_MODEL, CASES, EVERYTHING, container, of_kind, workloads
+from tests.deploy.chart_cases import (
+    BARE_MODEL,
+    CASES,
+    EVERYTHING,
+    container,
+    of_kind,
+    release,
+    workloads,
+)
+from tests.deploy.gotemplate import TemplateError
 
 pytestmark = pytest.mark.unit
 
@@ -60,6 +70,13 @@ def test_validation_would_find_a_misspelt_key() -> None:
         {"servingEngineSpec": {"modelSpec": [{**BARE_MODEL, "replicaCount": "2"}]}},
         {"servingEngineSpec": {"securityContext": {"runAsUser": 0}}},
         {"autoscaling": {"kind": "vpa"}},
+        {
+            "servingEngineSpec": {
+                "modelSpec": [
+                    {**BARE_MODEL, "steering": {"registry": {"accessMode": "ReadOnlyMany"}}}
+                ]
+            }
+        },
     ],
 )
 def test_the_schema_refuses(wrong: Document) -> None:
@@ -112,6 +129,8 @@ def test_selectors_select_the_pods(case: str) -> None:
 def test_a_kill_comes_after_everything_that_may_take_time() -> None:
     engine = yaml.safe_load((CHART / "values.yaml").read_text())["servingEngineSpec"]
     assert engine["terminationSeconds"] > engine["preStopSeconds"] + engine["drainSeconds"]
+    (patient,) = workloads(release(BARE_MODEL, engine={"drainSeconds": 300})).values()
+    assert patient["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 310
 
 
 def test_keys_are_only_referred_to() -> None:
@@ -127,7 +146,8 @@ def test_keys_are_only_referred_to() -> None:
     ]
     assert volume["secret"]["secretName"] == "admin"
     assert volume["secret"]["items"] == [{"key": "keys", "path": "keys"}]
-    assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+    token = {"name": "hub", "key": "token", "optional": True}  # "gated models only", says the guide
+    assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == token
     assert "VLLM_API_KEY" not in environment
     for name in VALUES:
         documents = render(named_values(name))
@@ -158,6 +178,36 @@ def test_a_claim_of_its_own_makes_a_stateful_set() -> None:
     assert gpus["requests"]["nvidia.com/gpu"] == gpus["limits"]["nvidia.com/gpu"] == 2
 
 
+def with_registry(mode: str, **model: Any) -> Document:
+    registry = {"storage": "1Gi", "accessMode": mode}
+    return release({**BARE_MODEL, "replicaCount": 1, "steering": {"registry": registry}, **model})
+
+
+@pytest.mark.parametrize("mode", ["ReadWriteOnce", "ReadWriteOncePod"])
+def test_a_disk_of_one_node_is_never_wanted_by_two_pods(mode: str) -> None:
+    (workload,) = workloads(with_registry(mode)).values()
+    assert workload["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    (shared,) = workloads(with_registry("ReadWriteMany", replicaCount=2)).values()
+    assert "strategy" not in shared["spec"]
+    scaled = {**with_registry(mode), "autoscaling": {"kind": "keda"}}
+    for several in (with_registry(mode, replicaCount=2), scaled):
+        with pytest.raises(TemplateError, match="accessMode must be ReadWriteMany"):
+            render(several)
+
+
+def test_an_account_that_nobody_makes_is_not_named() -> None:
+    for account, name in (
+        ({"create": False}, "default"),
+        ({"create": False, "name": "mine"}, "mine"),
+        ({}, "headway"),
+    ):
+        values = release(BARE_MODEL, serviceAccount=account)
+        (workload,) = workloads(values).values()
+        assert workload["spec"]["template"]["spec"]["serviceAccountName"] == name
+        made = [each["metadata"]["name"] for each in of_kind(render(values), "ServiceAccount")]
+        assert made == ([name] if account == {} else [])
+
+
 def test_the_autoscaler_owns_the_number_of_pods() -> None:
     for kind in ("hpa", "keda"):
         for workload in workloads(CASES[kind]).values():
@@ -178,7 +228,7 @@ def test_presets_are_specifications_that_headway_reads(case: str) -> None:
         (workload,) = [
             each
             for each in workloads(CASES[case]).values()
-            if each["metadata"]["name"] == document["metadata"]["name"].removesuffix("-presets")
+            if each["metadata"]["name"] == document["metadata"]["name"].partition("-presets-")[0]
         ]
         for file, text in document["data"].items():
             name = file.removesuffix(".json")
@@ -190,16 +240,20 @@ def test_presets_are_specifications_that_headway_reads(case: str) -> None:
     assert found == (case not in ("nothing", "little"))
 
 
-def test_a_changed_preset_is_a_new_rollout() -> None:
+def test_a_changed_preset_is_a_new_rollout_and_leaves_the_old_one_its_own() -> None:
     before, after = named_values("cpu"), named_values("cpu")
     presets = after["servingEngineSpec"]["modelSpec"][0]["steering"]["presets"]
     presets["louder"]["methods"][0]["alpha"] = 3.0
-    annotations = [
-        workload["spec"]["template"]["metadata"]["annotations"]["headway/presets"]
-        for values in (before, after)
-        for workload in workloads(values).values()
-    ]
-    assert annotations[0] != annotations[1]
+    names = []
+    for values in (before, after):
+        (workload,) = workloads(values).values()
+        (found,) = of_kind(render(values), "ConfigMap")
+        assert found["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+        volumes = workload["spec"]["template"]["spec"]["volumes"]
+        (mounted,) = [each["configMap"]["name"] for each in volumes if "configMap" in each]
+        assert mounted == found["metadata"]["name"]
+        names.append(mounted)
+    assert names[0] != names[1]
 
 
 def test_notes_name_the_service() -> None:

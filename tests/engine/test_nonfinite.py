@@ -138,18 +138,25 @@ def test_whoever_gets_its_blocks_finds_no_nan(harness, prompts, monkeypatch, cle
     assert holds_nan(harness, tainted) is not clears
 
 
-def test_a_request_that_leaves_in_mid_step_leaves_no_nan_either(harness, prompts):
-    """Its client goes while the step runs: nobody looks at what came of it."""
+def leave_in_mid_step(harness: Harness, prompt: list[int]) -> list[int]:
+    """The blocks that are tainted when a client goes while its step runs, a step with NaN.
+
+    Nobody looks at what came of it.
+    """
     params = SamplingParams(max_tokens=4, temperature=0)
     attach(params, SteeringRequest(PROGRAMS["NaN"]))
     engine = harness.llm.llm_engine
-    engine.add_request("leaves", {"prompt_token_ids": prompts[9][:30]}, params)
+    engine.add_request("leaves", {"prompt_token_ids": prompt}, params)
     [request_id] = harness.scheduler.requests
     harness.core.aborts_queue.put_nowait([request_id])
     engine.step()
-    tainted = sorted(harness.scheduler.tainted)
-    assert tainted and holds_nan(harness, tainted)
     engine.abort_request(["leaves"])
+    return sorted(harness.scheduler.tainted)
+
+
+def test_a_request_that_leaves_in_mid_step_leaves_no_nan_either(harness, prompts):
+    tainted = leave_in_mid_step(harness, prompts[9][:30])
+    assert tainted and holds_nan(harness, tainted)
     harness.run([Job(prompts[0][:5], max_tokens=2)])
     assert not harness.scheduler.tainted and not holds_nan(harness, tainted)
 
@@ -157,3 +164,42 @@ def test_a_request_that_leaves_in_mid_step_leaves_no_nan_either(harness, prompts
 def test_one_that_ends_well_taints_nothing(harness, prompts):
     harness.run([Job(prompts[1], STEERED), Job(prompts[2])])
     assert not harness.scheduler.tainted
+
+
+def test_one_that_wants_the_logprobs_of_its_prompt_ends_alone_too(harness, prompts):
+    """Logprobs without a token would stop the whole engine."""
+    wants = {"prompt_logprobs": 0}
+    jobs = [
+        Job(prompts[2], PROGRAMS["NaN"], sampling=wants),
+        Job(prompts[0]),
+        Job(prompts[1], sampling=wants),
+    ]
+    got = harness.run(jobs)
+    assert [result.finish_reason for result in got] == ["error", "length", "length"]
+    assert got[0].tokens == []
+
+
+def test_who_shares_its_prompt_before_the_edit_goes_on(harness, prompts):
+    """The blocks before the last prompt token are those of an unsteered request, and NaN does not
+    reach them: they stay in the cache, and the request that hits them in the very step goes on.
+    """
+    prompt = prompts[9] * 4
+    steered = huge(*TWICE, scope=QueryScope.FROM_LAST_PROMPT_TOKEN)
+    [want] = harness.run([Job(prompt)])
+    harness.forget_cache()
+    failed, got = harness.run([Job(prompt, steered), Job(prompt)])
+    assert (failed.finish_reason, failed.tokens) == ("error", [])
+    assert (got.finish_reason, got.tokens) == ("length", want.tokens)
+    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    shared = (len(prompt) - 1) // 32 * 32
+    assert got.cached == shared > 32
+    [again] = harness.run([Job(prompt, max_tokens=1)])
+    assert again.cached == shared and again.tokens == want.tokens[:1]
+
+
+def test_what_it_left_is_not_found_in_the_cache(harness, prompts):
+    tainted = leave_in_mid_step(harness, prompts[9] * 4)
+    blocks = harness.scheduler.kv_cache_manager.block_pool.blocks
+    assert len(tainted) > 3 and holds_nan(harness, tainted)
+    assert all(blocks[each].block_hash is None for each in tainted)
+    harness.run([Job(prompts[0][:5], max_tokens=2)])

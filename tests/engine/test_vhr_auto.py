@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.sampling_params import StructuredOutputsParams
 
 from headway.benchmarks.quality.scenes import CAPTION_PROMPT, PARTNER, question, scene
 from headway.server.engine.report import EngineReport
@@ -169,6 +170,21 @@ def test_a_reinforced_baseline(demo_vlm, vhr_oracle, asked):
     demo_vlm.run(raw)
     for heads, job in zip(found, raw, strict=True):
         assert heads != report_of(demo_vlm, job).heads
+
+
+def test_a_reinforced_baseline_waits_for_a_grammar(demo_vlm, asked):
+    """Until it is compiled the request cannot run, and its text-only prompt must not run alone."""
+
+    def heads(**sampling: Any) -> list[list[list[int]]]:
+        demo_vlm.forget_cache()
+        jobs = [one.job(auto(reinforce_baseline=True)) for one in asked[:2]]
+        for job in jobs:
+            job.sampling = sampling
+        assert all(result.finish_reason == "length" for result in demo_vlm.run(jobs))
+        return [report_of(demo_vlm, job).heads for job in jobs]
+
+    # Longer than the answer may be.
+    assert heads(structured_outputs=StructuredOutputsParams(regex="[a-z ]{200}")) == heads()
 
 
 def test_the_default_layers(demo_vlm, vhr_oracle, asked):

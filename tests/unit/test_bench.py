@@ -108,7 +108,25 @@ def test_the_interval_surrounds_the_mean_and_narrows_with_rounds() -> None:
     assert few.low < few.value < few.high
     assert many.high - many.low == pytest.approx(4 * 0.01 / 20, rel=0.2)
     assert many.high - many.low < few.high - few.low
-    assert few == paired_ratio(list(noise[:6]), [1.0] * 6)
+
+
+def test_the_interval_of_three_rounds_holds_the_truth_as_often_as_it_says() -> None:
+    drawn = np.exp(np.random.default_rng(0).normal(0, 0.01, (2000, 3)))
+    found = [paired_ratio(list(rounds), [1.0] * 3) for rounds in drawn]
+    assert 0.93 < np.mean([each.low <= 1.0 <= each.high for each in found]) < 0.97
+
+
+def test_the_interval_of_two_rounds_is_that_of_student() -> None:
+    found = paired_ratio([1.0, np.exp(0.02)], [1.0, 1.0])
+    half = 12.706 * 0.01  # t at 1 degree of freedom, times half the difference
+    assert np.log([found.low, found.value, found.high]) == pytest.approx(
+        [0.01 - half, 0.01, 0.01 + half], rel=1e-3
+    )
+
+
+def test_rounds_that_are_all_alike_have_an_interval_of_nothing() -> None:
+    found = paired_ratio([0.7] * 5, [0.3] * 5)
+    assert found.low == found.value == found.high
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 3), (0, 0)])
@@ -238,6 +256,13 @@ def test_on_cpu_engines_are_eager_and_cores_are_watched(
     assert len(report["warnings"]) == 2
     printed = capsys.readouterr().out
     assert "measured on" not in printed and "CPU time" in printed
+
+
+def test_what_the_caller_sets_is_what_a_server_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    found = engine.server_settings()
+    assert found.keys() == engine.SERVER_SETTINGS.keys()
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "7"
 
 
 def test_a_cache_too_small_for_the_prompts_is_told_of(

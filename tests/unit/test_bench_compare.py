@@ -13,7 +13,7 @@ import pytest
 from headway.benchmarks import compare, report
 from headway.benchmarks.compare import Change, matched
 from headway.benchmarks.report_parts import Finding, gather, read
-from tests.bench_reports import write_all
+from tests.bench_reports import overhead_report, write_all
 
 pytestmark = pytest.mark.unit
 
@@ -190,6 +190,36 @@ def test_differing_environments_come_first(run: Any) -> None:
         assert fact in head
     same = run(old, old)[2]
     assert "different" not in same and "warning" not in same
+
+
+def test_another_load_is_no_regression(run: Any) -> None:
+    old = serve(tokens_per_second=(0.98, 0.975, 0.985, "holds")) | {"output_tokens": 32}
+    new = serve(tokens_per_second=(0.90, 0.895, 0.905, "fails")) | {"output_tokens": 16}
+    strict, _, text = run(old, new)
+    assert strict == 0 and "another load" in text and "worse" not in text
+    # A file that does not say it is taken for one of the same load.
+    del old["output_tokens"]
+    assert run(old, new)[0] == 1
+
+
+def test_a_quick_run_of_overhead_is_judged_by_what_it_shares_with_a_full_one(run: Any) -> None:
+    full, quick = overhead_report(), overhead_report()
+    for row in quick["comparisons"]:
+        row |= {"ratio": 0.1, "low": 0.09, "high": 0.11, "verdict": "fails"}
+        if row["prompt_tokens"] == 350:
+            row |= {"prompt_tokens": 64, "output_tokens": 32}
+    strict, _, text = run(full, quick)
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "another load" in rows["Headway idle / stock vLLM, tokens/s"]
+    assert "worse" in rows["LocoRE / idle, context 512, tokens/s"] and strict == 1
+    quick["comparisons"] = [row for row in quick["comparisons"] if row["prompt_tokens"] == 64]
+    assert run(full, quick)[0] == 0
+
+
+def test_an_interval_that_is_not_known_overlaps() -> None:
+    nan = float("nan")
+    old, new = Finding("a", "m", 1.0, 0.99, 1.01), Finding("a", "m", 0.5, nan, nan)
+    assert Change(old, new).overlaps and not Change(old, new).is_regression
 
 
 def test_absolute_times_are_compared_on_one_machine_only(run: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,24 @@ def test_what_an_engine_prints_stays_out_of_the_report(
     assert head_selection.main([]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "loading" in printed.err and "out of memory" in printed.err
+
+
+def test_settings_of_malloc_that_come_too_late_are_not_claimed(
+    engine: type[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = {"MALLOC_TRIM_THRESHOLD_": "1", "MALLOC_MMAP_THRESHOLD_": "1", "MALLOC_MMAP_MAX_": "1"}
+    for name in late:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(head_selection, "KEEP_MEMORY", late)
+    monkeypatch.setattr(head_selection, "settings", lambda on_cuda: late)
+    output = tmp_path / "report.json"
+    assert head_selection.main(["--quick", "--json", str(output)]) == 0
+    assert not late.keys() & json.loads(output.read_text())["engine_settings"].keys()
+    assert not late.keys() & os.environ.keys()
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # at the start, as it were
+    assert head_selection.main(["--quick", "--json", str(output)]) == 0
+    used = json.loads(output.read_text())["engine_settings"]
+    assert used["MALLOC_MMAP_MAX_"] == "0" and used.keys() & late.keys() == {"MALLOC_MMAP_MAX_"}
 
 
 def test_nothing_is_measured_under_the_interpreter(

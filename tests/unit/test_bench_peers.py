@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headway.benchmarks import peers
+from headway.benchmarks.engine import KEEP_MEMORY
 from headway.benchmarks.peer_systems import (
     environments,
     headway_server,
@@ -460,9 +461,11 @@ def test_a_peer_that_cannot_be_driven_is_looked_up_and_not_installed(home: Path)
 # Processes
 
 SYSTEM = """\
+import os
 class Doubles:
     def __init__(self, model, dtype):
-        print(model, dtype)  # must not be taken for an answer
+        # Must not be taken for an answer.
+        print(model, dtype, os.environ["MALLOC_TRIM_THRESHOLD_"])
     def answer(self, requests, output_tokens):
         if requests[0]["steering"]:
             raise KeyError("layer 99")
@@ -497,7 +500,8 @@ def test_a_peer_answers_where_headway_is_not_installed(
             worker.answer([request([])], 1)
     finally:
         worker.close()
-    assert "a-model float32" in (tmp_path / "log").read_text()
+    said = f"a-model float32 {KEEP_MEMORY['MALLOC_TRIM_THRESHOLD_']}"
+    assert said in (tmp_path / "log").read_text()
 
 
 def test_peers_import_nothing_that_their_environments_lack() -> None:
@@ -539,26 +543,32 @@ def measured() -> Measurement:
 
 
 def test_the_report_has_ratios_of_rounds_and_headway_without_one() -> None:
-    result = report(measured(), peers.PEERS, "tiny", "float32", 8)
+    result = report(measured(), peers.PEERS, "tiny", "float32", 8, 2)
     assert list(result) == [
-        "benchmark", "date", "environment", "model", "dtype", "warnings", "rows", "unavailable"
+        "benchmark", "date", "environment", "model", "dtype", "rounds", "server_settings",
+        "peer_settings", "warnings", "rows", "unavailable",
     ]  # fmt: skip
     ours, theirs = result["rows"]
     assert list(ours) == list(theirs) == [
         "system", "version", "method", "concurrency", "tokens_per_second",
-        "headway_tokens_per_second", "ratio", "low", "high", "properties", "notes",
+        "headway_tokens_per_second", "ratio", "low", "high", "runs", "properties", "notes",
     ]  # fmt: skip
     assert ours["ratio"] is ours["low"] is ours["high"] is None
     assert (theirs["system"], theirs["version"]) == ("repeng", "0.4.0")
     assert theirs["tokens_per_second"] == 15.0 and theirs["headway_tokens_per_second"] == 85.0
     assert theirs["ratio"] == pytest.approx(6.0)  # geometric mean of 4 and 9
-    assert (theirs["low"], theirs["high"]) == pytest.approx((4.0, 9.0))
+    assert theirs["low"] < 4.0 < 9.0 < theirs["high"]  # of two rounds it is very wide
+    assert (result["rounds"], theirs["runs"], ours["runs"]) == (2, [20.0, 10.0], [80.0, 90.0])
+    for settings in (result["server_settings"], result["peer_settings"]):
+        assert "MALLOC_TRIM_THRESHOLD_" in settings
     assert json.loads(json.dumps(result)) == result
 
 
 def test_the_table_shows_everything() -> None:
-    text = table(report(measured(), peers.PEERS, "tiny", "float32", 8))
-    assert "caa         repeng                   15.00          6.00        4.00 .. 9.00" in text
+    text = table(report(measured(), peers.PEERS, "tiny", "float32", 8, 2))
+    assert (
+        "caa         repeng                   15.00          6.00 " in text and "2 rounds" in text
+    )
     assert "repeng, caa: a note" in text and "not applicable" in text
     assert "unavailable: vllm-lens, caa: needs a newer Python" in text
     assert "    tried: pip download vllm-lens" in text
@@ -568,9 +578,64 @@ def test_a_lost_peer_has_no_row() -> None:
     measurement = measured()
     repeng = next(peer for peer in peers.PEERS if peer.name == "repeng")
     measurement.lost(repeng, ("caa",), "ended", "the worker")
-    result = report(measurement, peers.PEERS, "tiny", "float32", 8)
+    result = report(measurement, peers.PEERS, "tiny", "float32", 8, 2)
     assert [row["system"] for row in result["rows"]] == ["Headway"]
     assert [row["system"] for row in result["unavailable"]] == ["vllm-lens", "repeng"]
+
+
+def test_what_was_tried_and_never_measured_has_no_row() -> None:
+    measurement = measured()
+    measurement.speeds["Headway", "locore"] = []  # its only peer was lost before the first round
+    result = report(measurement, peers.PEERS, "tiny", "float32", 8, 2)
+    assert [row["method"] for row in result["rows"]] == ["caa", "caa"] and table(result)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> peers.Bench:
+    """Of one request at a time."""
+    monkeypatch.setattr(peers, "read_geometry", lambda model: geometry())
+    drawn = [[1 + index] * 300 for index in range(8)]
+    monkeypatch.setattr(peers, "prompts", lambda model, number, seed: drawn)
+    return peers.Bench(Path("m"), "float32", 1, 0)
+
+
+def test_the_properties_of_one_request_at_a_time_have_batch_mates(bench: peers.Bench) -> None:
+    assert len(bench.requests("caa")) == 1
+    tried = bench.trial(Pretended(), "caa")
+    assert len(tried.prompts) == properties.TRIED and set(tried.results().values()) <= {
+        HOLDS,
+        NOT_APPLICABLE,
+    }
+
+
+@pytest.mark.parametrize("error", [PeerError("it ended"), Refused("not that")])
+def test_a_peer_that_fails_while_it_is_measured_is_lost_alone(
+    bench: peers.Bench, error: Exception
+) -> None:
+    class System:
+        seconds = 2.0
+
+        def __init__(self, fails_at: int) -> None:
+            self.left = fails_at
+
+        def answer(self, *_: Any, **__: Any) -> list[Answer]:
+            self.left -= 1
+            if not self.left:
+                raise error
+            return []
+
+    named = {peer.name: peer for peer in peers.PEERS}
+    systems = {"repeng": System(-1), "steering-vectors": System(2)}
+    keys = [("Headway", "caa"), *((name, "caa") for name in systems)]
+    measurement = Measurement(speeds={key: [] for key in keys})
+    running: Any = {(n, "caa"): peers.Contender(named[n], s) for n, s in systems.items()}
+    bench._measure(System(-1), running, measurement, 3)
+    assert {key: len(speeds) for key, speeds in measurement.speeds.items()} == {
+        ("Headway", "caa"): 3,
+        ("repeng", "caa"): 3,
+    }
+    (row,) = measurement.unavailable
+    assert (row["system"], row["reason"]) == ("steering-vectors", str(error))
 
 
 def test_the_published_procedure_costs_its_candidates() -> None:

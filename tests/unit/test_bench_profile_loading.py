@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
@@ -15,7 +16,8 @@ from headway.benchmarks import profile_loading
 from headway.benchmarks.profile_loading import Measurement, Stream, Use, report, table
 from headway.benchmarks.quality.client import EndpointError, UnsteeredAnswer
 from headway.benchmarks.serve_matrix import drawn_profile
-from headway.benchmarks.statistics import bootstrap_median
+from headway.benchmarks.statistics import Verdict, bootstrap_median, verdict
+from headway.server.launch import LaunchError
 from tests.engine.harness import GEOMETRY
 
 pytestmark = pytest.mark.unit
@@ -105,17 +107,42 @@ def uses(*seconds: float) -> list[Use]:
 
 
 def test_report_and_table_say_which_bars_hold():
-    measured = Measurement([0.5] * 5, uses(0.4, 0.5, 0.45, 0.4, 0.42), uses(*[0.1] * 5))
+    measured = Measurement([0.5] * 6, uses(0.4, 0.5, 0.45, 0.4, 0.42, 0.42), uses(*[0.1] * 6))
     result = report(measured)
     loading, stall, upload = result["comparisons"]
     assert loading["value"] == pytest.approx(0.32) and loading["verdict"] == "fails"
     assert stall["value"] == pytest.approx(3.2) and stall["verdict"] == "fails"
     assert stall["largest"] == pytest.approx(4.0)
     assert upload["bar"] is None and upload["verdict"] is None
-    quick = report(Measurement([0.5] * 5, uses(*[0.12] * 5), uses(*[0.1] * 5)))
+    quick = report(Measurement([0.5] * 6, uses(*[0.12] * 6), uses(*[0.1] * 6)))
     assert [row["verdict"] for row in quick["comparisons"][:2]] == ["holds", "holds"]
+    # Once is too often: the bar is for the largest stall, not for their median.
+    once = report(Measurement([0.5] * 6, uses(0.21, *[0.12] * 5), uses(*[0.1] * 6)))
+    assert [row["verdict"] for row in once["comparisons"][:2]] == ["holds", "fails"]
+    assert once["comparisons"][1]["value"] == pytest.approx(0.2)
+    assert "MALLOC_TRIM_THRESHOLD_" in result["server_settings"]
     assert "loading, on first use, s" in table(result) and "fails" in table(result)
     json.dumps(result)
+
+
+def test_the_registry_and_the_keys_are_those_of_the_bench(monkeypatch, tmp_path):
+    started = []
+
+    @contextmanager
+    def running(program, *_):
+        started.append(dict(program.environment))
+        raise LaunchError("enough")
+        yield
+
+    monkeypatch.setattr(profile_loading.launch, "running", running)
+    monkeypatch.setattr(profile_loading, "steerable_geometry", lambda _: GEOMETRY)
+    monkeypatch.setattr(profile_loading, "read_model", lambda _: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ["--model", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    assert profile_loading.main(arguments) == 1
+    # Of a program: it wins over what the caller exports.
+    (own,) = started
+    assert own["HEADWAY_STEERING_API_KEY"] and own["HEADWAY_HOME"] and own["VLLM_API_KEY"] == ""
 
 
 def test_every_round_has_other_vectors_of_the_size_that_the_bar_is_for():
@@ -125,8 +152,11 @@ def test_every_round_has_other_vectors_of_the_size_that_the_bar_is_for():
     assert not np.array_equal(one.tensors["directions"], other.tensors["directions"])
 
 
-def test_a_median_needs_two_values_and_lies_in_its_interval():
+def test_a_median_needs_two_values_and_an_interval_six():
     with pytest.raises(ValueError, match="two rounds"):
         bootstrap_median([1.0])
-    found = bootstrap_median([1.0, 2.0, 9.0])
-    assert found.low <= found.value == 2.0 <= found.high
+    few = bootstrap_median([1.0, 2.0, 3.0, 4.0, 9.0])
+    assert few.value == 3.0 and np.isnan(few.low) and np.isnan(few.high)
+    assert verdict(few, 100.0, at_most=True, max_half_width=np.inf) == Verdict.WIDE
+    found = bootstrap_median([1.0, 2.0, 3.0, 3.0, 4.0, 9.0])
+    assert 1.0 <= found.low < found.value == 3.0 < found.high <= 9.0

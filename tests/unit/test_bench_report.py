@@ -277,6 +277,19 @@ def test_a_run_with_one_context_says_what_is_missing(tmp_path: Path) -> None:
     assert "Growth with context: this run has no two to compare." in text
 
 
+def test_a_file_without_cold_end_to_end_times_is_shown(tmp_path: Path) -> None:
+    result = REPORTS["serve"]()
+    for new in (True, False):
+        (tmp_path / "s.json").write_text(json.dumps(result))
+        assert report.main([str(tmp_path / "s.json"), "--output", str(tmp_path / "out")]) == 0
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert ("| cold E2E, ms |" in text) is new and "| E2E, ms |" in text
+        for cell in result["cells"]:
+            cell.pop("cold_e2e_ms", None)
+        rows = result["comparisons"]
+        result["comparisons"] = [row for row in rows if row["metric"] != "cold_e2e"]
+
+
 # What is read
 
 

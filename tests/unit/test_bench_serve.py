@@ -33,7 +33,7 @@ SMOLLM2 = ModelGeometry(30, 9, 3, 64, 576)
 DEMO_VLM = replace(SMOLLM2, supports_images=True)
 EVERY, QUICK = comparisons(POINTS), comparisons(QUICK_POINTS)
 CELL_KEYS = {"name", "arm", "server", "share", "batch", "context", "configurations", "modality"}
-CELL_KEYS |= {"tokens_per_second", "ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "runs"}
+CELL_KEYS |= {"tokens_per_second", "ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "cold_e2e_ms", "runs"}
 COMPARISON_KEYS = {"name", "arm", "batch", "context", "configurations", "share", "modality"}
 COMPARISON_KEYS |= {"baseline", "metric", "ratio", "low", "high", "bar", "verdict"}
 
@@ -44,7 +44,7 @@ COMPARISON_KEYS |= {"baseline", "metric", "ratio", "low", "high", "bar", "verdic
 def made(tokens_per_second: float, **fields: Any) -> Run:
     second = 100 / tokens_per_second
     latencies = [0.1 * second, 0.2 * second, 0.9 * second]
-    run = Run(100, second, *([list(latencies) for _ in range(4)]))
+    run = Run(100, second, *([list(latencies) for _ in range(5)]))
     return replace(run, **fields)
 
 
@@ -74,6 +74,17 @@ def test_a_busy_machine_gets_no_verdict() -> None:
     assert compare(BASE, runs, on_cuda=True)["verdict"] == "holds"
     runs = {BASE.reference: [made(60.0), made(140.0)], BASE.cell: [made(60.0), made(140.0)]}
     assert "rounds differ by 57%" in compare(BASE, runs)["verdict"]
+
+
+def test_a_cold_end_to_end_has_the_prompt_of_one_burst_and_the_tokens_of_the_other() -> None:
+    run = made(100.0, ttft=[1.0, 3.0], e2e=[0.9, 0.8], warm_ttft=[0.1, 0.2])
+    assert run.cold_e2e == pytest.approx([1.8, 3.6])
+    assert times([run])["cold_e2e_ms"]["p50"] == pytest.approx(2700.0)
+    (cold,) = (each for each in QUICK if each.metric == "cold_e2e" and each.name == BASE.name)
+    twice = made(100.0, ttft=[2.8, 6.6], e2e=[0.9, 0.8], warm_ttft=[0.1, 0.2])
+    assert compare(cold, {cold.reference: [run] * 2, cold.cell: [twice] * 2})[
+        "ratio"
+    ] == pytest.approx(2.0)
 
 
 def test_percentiles_are_over_all_requests() -> None:
@@ -135,7 +146,7 @@ def test_the_report_and_its_table(
     assert serve.main(["--model", "text", "--rounds", "3", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     expected = {"benchmark", "date", "environment", "model", "dtype", "seed", "rounds"}
-    expected |= {"warnings", "memory", "cells", "comparisons"}
+    expected |= {"output_tokens", "warnings", "memory", "cells", "comparisons"}
     assert result.keys() == expected and result["benchmark"] == "serve"
     assert all(each.keys() == CELL_KEYS and len(each["runs"]) == 3 for each in result["cells"])
     assert all(each.keys() == COMPARISON_KEYS for each in result["comparisons"])

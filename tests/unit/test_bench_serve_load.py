@@ -118,10 +118,11 @@ def test_a_run_asks_twice_and_all_at_once(fake: FakeServer) -> None:
     asked = load(fake, STEERED)
     run = asked.run()
     assert run.tokens == BATCH * TOKENS
-    assert [len(times) for times in (run.ttft, run.tpot, run.e2e)] == [BATCH] * 3
+    assert [len(times) for times in (run.ttft, run.tpot, run.e2e, run.warm_ttft)] == [BATCH] * 4
     assert len(run.itl) == BATCH * (TOKENS - 1)
     assert min(run.itl + run.tpot + run.ttft) > WAIT / 2
     assert min(run.e2e) > WAIT * TOKENS * 0.9 and run.seconds > max(run.e2e)
+    assert all(WAIT / 2 < warm < e2e for warm, e2e in zip(run.warm_ttft, run.e2e, strict=True))
     assert run.tokens_per_second == BATCH * TOKENS / run.seconds
     assert run.cached == pytest.approx(CONTEXT / (CONTEXT + 1))
     cold, full = fake.bodies[:BATCH], fake.bodies[BATCH:]

@@ -70,7 +70,7 @@ def test_the_published_procedure_costs_an_evaluation_for_every_draw() -> None:
     assert measurement.per_token(PUBLISHED) == [4.0, 9.0]
     row = sgrs.compare(BARS[2], measurement)
     assert row["value"] == pytest.approx((80 * 150) ** 0.5)
-    assert (row["low"], row["high"]) == pytest.approx((80, 150)) and not row["at_most"]
+    assert row["low"] < 80 and row["high"] > 150 and not row["at_most"]  # of two rounds
 
 
 def gated(draws: int, **fields: Any) -> dict[str, Any]:
@@ -104,10 +104,13 @@ class FakePublished:
 
     saliency = 0.1005
 
-    @classmethod
-    def load(cls, path: Path, dtype: str) -> FakePublished:
+    closed = 0
+
+    def __init__(self, path: Path, dtype: str) -> None:
         assert dtype == "float32"
-        return cls()
+
+    def close(self) -> None:
+        FakePublished.closed += 1
 
     def timed(self, context: list[int], *_: Any) -> tuple[float, float]:
         FakeRequests.asked.append(PUBLISHED)
@@ -131,7 +134,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(FakeRequests, "slower", 1.0)
     monkeypatch.setattr(sgrs, "serve", serve)
     monkeypatch.setattr(sgrs, "Requests", FakeRequests)
-    monkeypatch.setattr(sgrs, "Published", FakePublished)
+    monkeypatch.setattr(FakePublished, "closed", 0)
+    monkeypatch.setattr(sgrs, "PublishedProcess", FakePublished)
     monkeypatch.setattr(options_module, "has_native_bfloat16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -159,6 +163,9 @@ def test_the_report_and_its_table(
     assert [row["bar"] for row in rows] == [2.5, 2.5, 100.0, None]
     assert [row["verdict"] for row in rows] == ["holds", "fails", "fails", None]
     assert set(report["draws_per_token"]) == {DRAWS}
+    for settings in (report["engine_settings"], report["published_settings"]):
+        assert "MALLOC_TRIM_THRESHOLD_" in settings
+    assert FakePublished.closed == 1
     assert report["saliency"] == {"headway": 0.1, PUBLISHED: 0.1005}
     assert not any("saliency" in warning for warning in report["warnings"])
     printed = capsys.readouterr().out
@@ -214,6 +221,7 @@ def test_an_error_names_the_log(
     monkeypatch.setattr(FakeRequests, "run", fails)
     assert sgrs.main(arguments(tmp_path)) == 1
     said = capsys.readouterr().err
+    assert FakePublished.closed == 1
     assert "dead" in said and not (tmp_path / "new" / "report.json").exists()
     assert isinstance(error, OSError) or f"see {tmp_path / 'new' / 'report.log'}" in said
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headway.benchmarks.sgrs_published import Published
+from headway.benchmarks.engine import KEEP_MEMORY, EngineError
+from headway.benchmarks.sgrs_published import Published, PublishedProcess
 from tests.sgrs_oracle import output_history, saliencies
 
 pytestmark = pytest.mark.unit
@@ -57,3 +62,19 @@ def test_no_gradient_of_a_parameter_is_computed(llama: LlamaForCausalLM) -> None
 def test_without_history_there_is_no_saliency(llama: LlamaForCausalLM, prompt_len: int) -> None:
     with pytest.raises(ValueError, match="no history"):
         Published(llama).saliency(CONTEXT, 4, [1], prompt_len)
+
+
+@pytest.mark.slow
+def test_it_is_timed_in_a_process_with_the_malloc_of_the_server(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path)
+    with closing(PublishedProcess(tmp_path, "float32")) as timed:
+        value, seconds = timed.timed(CONTEXT, 4, [1], PROMPT_LEN)
+        assert value == pytest.approx(Published(llama).saliency(CONTEXT, 4, [1], PROMPT_LEN))
+        assert seconds > 0
+        environment = psutil.Process(timed.process.pid).environ()
+        assert KEEP_MEMORY.items() <= environment.items()
+        timed.process.kill()
+        with pytest.raises(EngineError, match="published procedure ended"):
+            timed.timed(CONTEXT, 4, [1], PROMPT_LEN)

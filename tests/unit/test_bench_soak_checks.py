@@ -51,6 +51,8 @@ BROKEN = [
     (after("running requests", 1.0), "running requests at the end"),
     (after("waiting requests", 3.0), "waiting requests at the end"),
     (after("share of the KV cache in use", 0.01), "share of the KV cache in use at the end"),
+    (lambda found: replace(found, ended_badly="exit code 3"), "bad ends of the server"),
+    (lambda found: replace(found, gone="refused"), "bad ends of the server"),
     (grown(0.051), "growth of memory"),
     (
         lambda found: replace(found, parity=Parity([Kept.EQUAL, Kept.DIFFERS], ["differs: "])),
@@ -93,6 +95,14 @@ def test_what_could_not_be_judged_does_not_hold() -> None:
         "unsteered answers that differ from stock vLLM",
     }
     assert failing(few) == []
+
+
+def test_nothing_that_a_dead_server_held_is_taken_for_none() -> None:
+    found = made_soak()
+    found.gone, found.after = "refused", dict.fromkeys(found.after)
+    judged = {limit.name.partition(" (")[0] for limit in limits(found) if limit.is_judged}
+    assert not judged & {"withheld as unsteered", "failures of steering", "growth of memory"}
+    assert not any("at the end" in name for name in judged)
 
 
 def test_growth_is_of_medians_after_the_warm_up() -> None:

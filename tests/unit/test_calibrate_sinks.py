@@ -107,6 +107,8 @@ def test_prompts_come_from_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\n  two words \n")
     assert read_prompts(path) == ("one", "two words")
+    path.write_text("one\u2028two\x0cthree\x85\nfour", encoding="utf-8")
+    assert read_prompts(path) == ("one\u2028two\x0cthree", "four")
     path.write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):
         read_prompts(path)

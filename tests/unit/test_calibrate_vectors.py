@@ -44,6 +44,16 @@ def test_pairs_of_both_forms(tmp_path: Path) -> None:
     assert read_pairs(path, "Python")[0] == Pair("p", "x = 1", ("int x;", "int[] x;"))
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_only_line_feeds_end_a_line(separator: str, tmp_path: Path) -> None:
+    """JSON holds the other separators of lines in its strings as they are."""
+    pair = {"prompt": f"p{separator}q", "target": "t", "other": "o"}
+    path = tmp_path / "pairs.jsonl"
+    lines = "\r\n".join([json.dumps(pair, ensure_ascii=False)] * 8)
+    path.write_bytes(lines.encode())
+    assert read_pairs(path) == (Pair(f"p{separator}q", "t", ("o",)),) * 8
+
+
 @pytest.mark.parametrize(
     ("line", "target", "words"),
     [

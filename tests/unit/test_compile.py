@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.steering import ModelGeometry, compile_spec, parse_spec
+from headway.steering import ModelGeometry, SteeringError, compile_spec, parse_spec
 from headway.steering.head_words import HeadField, HeadWords, index_shifts
+from headway.steering.profiles import NamedProfiles
 from headway.steering.program import Feature, HeadEdit, SteeringProgram
 from headway.steering.wire import decode_program, encode_program
+from tests.vectors import drawn_profile
 
 pytestmark = pytest.mark.unit
 
@@ -65,9 +69,8 @@ def test_methods_compose_by_multiplication():
     assert scales[2, 2] == 0.0
 
 
-def test_shifts_compose_like_affine_maps():
+def test_shifts_are_added_after_all_scales():
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(4, 6, 8)).astype(np.float32)
 
     def drawn() -> HeadWords:
         words = HeadWords.identity(GEOMETRY)
@@ -77,13 +80,58 @@ def test_shifts_compose_like_affine_maps():
         words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift)
         return HeadWords(words.table, shifts)
 
-    def apply(words: HeadWords, value: np.ndarray) -> np.ndarray:
-        return words.table[..., HeadField.SCALE, None] * value + words.dense_shift()
-
     first, second = drawn(), drawn()
-    np.testing.assert_allclose(
-        apply(first.then(second), z), apply(second, apply(first, z)), rtol=1e-5, atol=1e-5
+    for both in (first.then(second), second.then(first)):
+        scales = first.table[..., HeadField.SCALE] * second.table[..., HeadField.SCALE]
+        np.testing.assert_array_equal(both.table[..., HeadField.SCALE], scales)
+        shift = first.dense_shift() + second.dense_shift()
+        np.testing.assert_array_equal(both.dense_shift(), shift)
+
+
+SHIFTS = drawn_profile(GEOMETRY, "act", layers=(1,))
+WITH_SHIFTS = replace(GEOMETRY, profiles=NamedProfiles({"shifts": SHIFTS}))
+
+
+@pytest.mark.parametrize("scope", ["all", "output", "from_last_prompt_token"])
+def test_the_order_of_shifts_and_scales_does_not_matter(scope):
+    """Nor do the names of their scopes, by which the workers compose them."""
+    methods = [
+        {"method": "act", "profile": "shifts", "strength": 1.0, "scope": scope},
+        {"method": "vhr", "heads": [[1, 0]], "alpha": 2.0},
+    ]
+    one, other = (
+        compile_spec(parse_spec({"methods": given}), WITH_SHIFTS)
+        for given in (methods, methods[::-1])
     )
+    assert one.fingerprint == other.fingerprint
+    both = reduce(HeadWords.then, [edit.words for edit in one.head_edits])
+    assert both.table[1, 0, HeadField.SCALE] == 2.0
+    np.testing.assert_array_equal(both.dense_shift()[1, 0], SHIFTS.tensors["shifts"][0])
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        {"method": "head_ablation", "heads": [[1, 1]]},
+        {"method": "head_scale", "scales": [[1, 1, 0.0]]},
+    ],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_head_is_not_silenced_and_shifted(silent, swap):
+    act = {"method": "act", "profile": "shifts", "scope": "output"}
+    pair = [act, silent] if swap else [silent, act]
+    with pytest.raises(SteeringError, match="silences layer 1, head 1") as caught:
+        compile_spec(parse_spec({"methods": pair}), WITH_SHIFTS)
+    assert (caught.value.reason, caught.value.param) == ("E_CONFLICT", "steering.methods[1]")
+    compile_spec(parse_spec({"methods": [{**act, "strength": 0.0}, silent]}), WITH_SHIFTS)
+
+
+@pytest.mark.parametrize(("alpha", "edits"), [(1.0, False), (2.0, True)])
+def test_a_method_tells_whether_it_changes_anything(alpha, edits):
+    methods = [{"method": "vhr", "heads": [[0, 0]], "alpha": alpha}]
+    methods.append({"method": "act", "profile": "shifts", "strength": alpha - 1.0})
+    program = compile_spec(parse_spec({"methods": methods}), WITH_SHIFTS)
+    assert [applied.edits for applied in program.applied] == [edits, edits]
 
 
 def test_attention_edits_are_a_feature_of_their_own():

@@ -116,6 +116,17 @@ def test_a_reinforced_baseline_is_scaled_by_the_same_heads():
     assert not state.take_failed()
 
 
+def test_a_baseline_that_ran_without_its_request_leaves_nothing_to_compare_with():
+    """Its heads were not scaled: who took its rows would choose by the wrong baseline."""
+    state = state_with(auto(baseline=True), auto(baseline=True))
+    run(state, ["text"], [TEXT_LEN], [0])
+    assert state.take_failed() == ("text",)
+    run(state, ["image"], [PROMPT], [0])
+    assert state.take_failed() == ("image",)
+    report = state.pop_report("image")
+    assert report is not None and "without its images was not run" in (report.failure or "")
+
+
 @pytest.mark.parametrize("ids, counts", [(["image"], [PROMPT]), (["image", "text"], [PROMPT, 2])])
 def test_without_the_end_of_its_text_a_request_fails_alone(ids, counts):
     state = state_with(auto())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
@@ -109,3 +110,60 @@ async def test_a_client_that_leaves_while_loading_frees_what_it_wanted(workers):
         await task
     held.release(await held.acquire([C, D]))
     assert held.held_bytes == 2 * SIZE
+
+
+class FarWorkers(Workers):
+    """They carry out what was sent, and answer when they are let, whether anybody waits or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = asyncio.Event()
+
+    async def load_artifacts(self, wires, holder):
+        self.loads.append(len(wires))
+        self.kept |= {wire["digest"] for wire in wires}
+        await self.answer.wait()
+        if self.fails:
+            raise RuntimeError("no worker")
+
+
+async def leave_while_loading(held: HeldArtifacts, *artifacts) -> None:
+    task = asyncio.ensure_future(held.acquire(list(artifacts)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_what_was_sent_for_a_client_that_left_is_counted():
+    workers = FarWorkers()
+    held = HeldArtifacts(workers, 2 * SIZE)
+    await leave_while_loading(held, A, B)
+    assert workers.kept == digests(A, B)
+    workers.answer.set()
+    held.release(await held.acquire([C, D]))  # there is room for these only without the others
+    assert workers.kept == digests(C, D) and held.held_bytes == 2 * SIZE
+
+
+async def test_a_client_that_left_before_its_turn_has_nothing_loaded():
+    workers = FarWorkers()
+    held = HeldArtifacts(workers, 10 * SIZE)
+    first = asyncio.ensure_future(held.acquire([A]))
+    await leave_while_loading(held, B)
+    workers.answer.set()
+    held.release(await first)
+    held.release(await held.acquire([C]))
+    assert workers.kept == digests(A, C)
+
+
+async def test_a_load_that_fails_when_its_client_has_left_makes_no_noise():
+    noise = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: noise.append(context))
+    workers = FarWorkers()
+    workers.fails = True
+    held = HeldArtifacts(workers, 2 * SIZE)
+    await leave_while_loading(held, A)
+    workers.answer.set()
+    await asyncio.sleep(0.01)
+    gc.collect()  # when Python would complain of what nobody asked for
+    assert not noise and held.held_bytes == 0

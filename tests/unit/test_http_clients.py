@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.datastructures import Headers
+from vllm import envs
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.middleware import register
 from vllm.v1.core import kv_cache_utils
@@ -25,6 +26,12 @@ from headway.server.http.state import ReportStore
 pytestmark = pytest.mark.unit
 
 KEYS = ("key-one", "kéy-two")
+
+
+@pytest.fixture(autouse=True)
+def fresh_environment() -> None:
+    """vLLM keeps the environment that it has read once a service has started in this process."""
+    envs.disable_envs_cache()
 
 
 def bearer(key: str, scheme: str = "Bearer") -> Headers:

@@ -88,6 +88,16 @@ async def test_a_confirmed_answer_shows_what_was_done() -> None:
     exchange.close("ok")
 
 
+async def test_a_method_that_changes_nothing_edits_no_position() -> None:
+    methods = [*IDENTITY["methods"], *STEERED["methods"]]
+    report = EngineReport(1, 9, 9, by_scope={"all": 9})
+    exchange = make_exchange(make_state(report), {"methods": methods})
+    echo = await exchange.complete()
+    exchange.close("ok")
+    assert echo is not None
+    assert [method["positions_edited"] for method in echo["methods"]] == [0, 9]
+
+
 async def test_a_program_that_changes_nothing_reaches_no_worker() -> None:
     state = make_state(None)
     exchange = make_exchange(state, IDENTITY)

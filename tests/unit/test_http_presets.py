@@ -38,6 +38,8 @@ def test_a_preset_is_compiled_when_it_is_loaded(tmp_path: Path) -> None:
         ([], '"methods"'),
         ({"methods": METHODS, "colour": 1}, "'colour'"),
         ({"methods": METHODS, "description": 1}, "description"),
+        ({"methods": METHODS, "description": "\ud800"}, "description"),
+        ({"methods": METHODS, "description": "x" * 1025}, "description"),
         ({"methods": []}, "methods"),
         ({"methods": [{"method": "nope"}]}, 'no method "nope"'),
         ({"methods": [{"method": "head_ablation", "heads": [[9, 0]]}]}, "layer 9"),

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from headway.server.engine import config as config_module
 from headway.server.engine import plugin
 from headway.server.engine.config import (
     is_enabled,
     unsupported_attention,
     unsupported_request,
+    unsupported_saliency,
 )
 
 pytestmark = pytest.mark.unit
@@ -141,3 +143,41 @@ def test_what_the_gpu_kernels_read(dtype, cache_dtype, words):
     config.use_v2_model_runner = True
     reason = unsupported_attention(config)
     assert reason is None if words is None else words in reason
+
+
+def on_cpu(dtype=torch.bfloat16, cache_dtype="auto"):
+    config = configuration(
+        dtype=dtype,
+        quantization=None,
+        get_head_size=lambda: 64,
+        hf_text_config=SimpleNamespace(model_type="llama"),
+    )
+    config.cache_config = SimpleNamespace(cache_dtype=cache_dtype, block_size=128)
+    config.use_v2_model_runner = False
+    return config
+
+
+@pytest.mark.parametrize(
+    ("layouts", "words"),
+    [
+        ({torch.bfloat16: "vec"}, None),
+        ({torch.bfloat16: "amx", torch.float32: "vec"}, "`amx`"),
+        ({torch.bfloat16: "neon", torch.float32: "neon"}, "`neon`"),
+    ],
+)
+def test_what_reads_the_cache_is_refused_where_it_is_laid_out_otherwise(
+    monkeypatch, layouts, words
+):
+    monkeypatch.setattr(config_module, "cache_layout", lambda dtype, *sizes: layouts[dtype])
+    attention, saliency = unsupported_attention(on_cpu()), unsupported_saliency(on_cpu())
+    if words is None:
+        assert attention is None and saliency is None
+        return
+    assert words in attention and words in saliency[1]
+    assert ("--dtype float32" in attention) is (layouts[torch.float32] == "vec")
+
+
+def test_a_converted_cache_is_read_by_neither():
+    config = on_cpu(cache_dtype="fp8_e4m3")
+    assert "fp8_e4m3" in unsupported_attention(config)
+    assert "fp8_e4m3" in unsupported_saliency(config)[1]

@@ -12,9 +12,11 @@ import pytest
 
 from headway.server.http import metrics, registry_routes
 from headway.server.http.admin import AdminKeys
+from headway.server.http.presets import parse_preset
+from headway.server.registry.store import Store
 from headway.steering import SteeringError
 from headway.steering.vectors import MAX_VECTORS_BYTES
-from tests.registry import OTHER_MODEL, digest_of, heads, vector_bytes, vectors
+from tests.registry import OTHER_MODEL, digest_of, heads, put_heads, vector_bytes, vectors
 from tests.registry_app import KEY, Server, files, refused
 
 pytestmark = pytest.mark.unit
@@ -321,6 +323,67 @@ async def test_a_preset_follows_the_profile_that_it_names(server: Server) -> Non
     [after] = (await server.ok("GET", "presets"))["data"]
     shown = [each["applied"][0]["profile"] for each in (before, after)]
     assert shown == ["p@1", "p@2"]
+
+
+async def test_a_preset_of_the_start_is_shown_as_its_profile_is_now(tmp_path: Path) -> None:
+    put_heads(Store(tmp_path / "r"))
+    path = tmp_path / "preset.json"
+    path.write_text('{"methods": [{"method": "vhr", "profile": "p"}], "description": "kept"}')
+    server = Server(tmp_path / "r", AdminKeys(["right"]), presets=(f"given={path}",))
+    await server.ok("PUT", "profiles/p", json={"profile": {**heads(), "heads": [[0, 1]]}})
+    [shown] = (await server.ok("GET", "presets"))["data"]
+    assert shown["applied"][0]["profile"] == "p@2" and shown["description"] == "kept"
+    assert shown["fingerprint"] == server.resolve(preset="given").fingerprint
+    server.registry.store.delete_profile("p", (1, 2))  # as another server may
+    assert list(server.state.presets) == ["given"]
+    with pytest.raises(SteeringError, match="there is no profile"):
+        server.resolve(preset="given")
+
+
+async def test_a_profile_put_while_a_preset_compiles_is_seen(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.ok("PUT", "profiles/p", json=HEADS)
+    await server.ok("PUT", "presets/quiet", json=VHR)
+
+    def compile_then_put(*args: Any) -> Any:
+        made = parse_preset(*args)
+        put_heads(server.registry.store, description="meanwhile")
+        return made
+
+    monkeypatch.setattr("headway.server.registry.presets.parse_preset", compile_then_put)
+    assert server.state.presets["quiet"].program.applied[0].details["profile"] == "p@1"
+    assert server.state.presets["quiet"].program.applied[0].details["profile"] == "p@2"
+
+
+async def test_a_preset_that_fails_does_not_take_the_others_down(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    methods = [{"method": "vhr", "heads": [[0, 0]]}]
+    for name in ("bad", "good"):
+        await server.ok("PUT", f"presets/{name}", json={"methods": methods})
+
+    def fail(name: str, *args: Any) -> Any:
+        if name == "bad":
+            raise IndexError("nobody foresaw this")
+        return parse_preset(name, *args)
+
+    monkeypatch.setattr("headway.server.registry.presets.parse_preset", fail)
+    shown = await server.ok("GET", "presets")
+    assert [preset["name"] for preset in shown["data"]] == ["good"]
+    assert (await server.ok("GET", "/v1/models"))["ids"] == ["base", "base:good"]
+    assert server.resolve(preset="good").fingerprint
+    assert "the preset bad failed" in caplog.text and "nobody foresaw this" in caplog.text
+
+
+async def test_a_description_that_no_answer_could_hold_is_refused(server: Server) -> None:
+    methods = '[{"method": "vhr", "heads": [[0, 0]]}]'
+    for text in ('"\\ud800"', f'"{"x" * 1025}"', "1"):
+        body = f'{{"methods": {methods}, "description": {text}}}'.encode()
+        answer = await server.call("PUT", "presets/bad", content=body)
+        refused(answer, 400, "E_BAD_PARAM")
+        assert answer.json()["error"]["param"] == "preset.description"
+    assert files(server) == [] and (await server.ok("GET", "presets"))["data"] == []
 
 
 async def test_presets_of_another_model_are_left_out(server: Server) -> None:

@@ -109,6 +109,13 @@ def drawn(*shape: int, value: float = 1.0) -> dict[str, np.ndarray]:
         (with_header({"directions": np.ones((2, 1, 64))}), "E_BAD_PARAM", "float64"),
         (with_header(drawn(2, 1, 64), layers=[1, 9]), "E_BAD_PARAM", "layer 9"),
         (with_header(drawn(2, 1, 64), fingerprint="0" * 16), "E_PROFILE_MISMATCH", "another model"),
+        # The fingerprint of this model over the sizes of another.
+        (
+            with_header(drawn(2, 1, 64), num_layers=100, layers=[1, 99]),
+            "E_PROFILE_MISMATCH",
+            "with 100 layers",
+        ),
+        (with_header(drawn(2, 1, 32), hidden_size=32), "E_PROFILE_MISMATCH", "hidden size 32"),
     ],
 )
 def test_what_is_no_vector_profile_of_this_model_is_refused(

@@ -251,3 +251,92 @@ def test_many_occurrences_in_a_long_chat_take_little_time(tokenizer):
     began = perf_counter()
     locate([parse_span({"text": "a"})] * 64, contents, prompt, "s")
     assert perf_counter() - began < 4.0
+
+
+def marked_text(prompt: RenderedPrompt, messages: list[str], index: int) -> tuple[int, str]:
+    """Where the mark of a message begins, and its text. Offsets are of single characters."""
+    ((start, stop),) = locate([parse_span({"message": index})], messages, prompt, "s")
+    return start, prompt.text[start:stop]
+
+
+def by_characters(text: str, *specials: str) -> RenderedPrompt:
+    marks = [
+        (at, at + len(special))
+        for special in specials
+        for at in range(len(text))
+        if text.startswith(special, at)
+    ]
+    return RenderedPrompt(text, [(at, at + 1) for at in range(len(text))], sorted(marks))
+
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["Answer yes or no: yes", "yes"],
+        ["yes", "yes"],
+        ["Answer yes", "Is it so? yes", "yes"],
+        ["Say yes.", "Certainly, yes.\nOr yes"],
+    ],
+)
+@pytest.mark.parametrize("system", ["", "<|im_start|>system\nYou are kind.<|im_end|>\n"])
+def test_a_message_that_is_to_be_continued_is_the_last(messages, system):
+    """No special token follows it, while one follows earlier messages of the same words."""
+    turns = [f"<|im_start|>user\n{text}<|im_end|>\n" for text in messages[:-1]]
+    text = f"{system}{''.join(turns)}<|im_start|>assistant\n{messages[-1]}"
+    prompt = by_characters(text, *CHATML)
+    at = len(text) - len(messages[-1])
+    assert marked_text(prompt, messages, -1) == (at, messages[-1])
+    at = len(system) + len("<|im_start|>user\n")
+    assert marked_text(prompt, messages, 0) == (at, messages[0])
+
+
+def test_a_continued_message_that_its_header_contains_is_refused():
+    prompt = by_characters(
+        "<|im_start|>user\nName: an<|im_end|>\n<|im_start|>assistant\nan", *CHATML
+    )
+    with pytest.raises(SteeringError, match="message 1, or contains it too"):
+        locate([parse_span({"message": 1})], ["Name: an", "an"], prompt, "s")
+
+
+@pytest.mark.parametrize(
+    "messages", [["Yes", "Yes", "Yes"], ["So?", "Yes", "Yes"], ["So?", "Oh, Yes", "Yes"]]
+)
+def test_a_template_that_closes_the_assistants_messages_only(messages):
+    ask, answer, again = messages
+    text = f"[INST] {ask} [/INST] {answer}</s>[INST] {again} [/INST]"
+    prompt = by_characters(text, "</s>")
+    found = [marked_text(prompt, messages, index) for index in range(3)]
+    assert [each for _, each in found] == messages
+    assert [at for at, _ in found] == [
+        len("[INST] "),
+        text.index(f"{answer}</s>"),
+        text.rindex(again),
+    ]
+
+
+def test_a_message_that_may_be_one_or_another_is_refused():
+    """The template has words of its own that a message repeats."""
+    text = "[INST] <<SYS>> Say Yes or No. <</SYS>> Yes [/INST] Yes</s>[INST] Yes [/INST]"
+    prompt = by_characters(text, "</s>")
+    for index in (0, 2):
+        with pytest.raises(SteeringError, match=f"message {index}, or contains it too"):
+            locate([parse_span({"message": index})], ["Yes"] * 3, prompt, "s")
+
+
+def test_the_words_of_a_message_that_was_changed_are_not_those_of_another():
+    """The template drops the reasoning of the answer, and leaves the words of the question."""
+    text = "<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    messages = ["yes", "<think>so</think>yes"]
+    with pytest.raises(SteeringError, match="message 0, or contains it too"):
+        locate([parse_span({"message": 0})], messages, by_characters(text, *CHATML), "s")
+
+
+def test_a_role_in_front_of_a_special_token_is_no_message():
+    marks = ("<|start|>", "<|end|>", "<|eot|>")
+    head = "<|start|>{}<|end|>\n\n"
+    text = f"{head.format('user')}assistant<|eot|>{head.format('assistant')}"
+    with pytest.raises(SteeringError, match="message 0, or contains it too"):
+        locate([parse_span({"message": 0})], ["assistant"], by_characters(text, *marks), "s")

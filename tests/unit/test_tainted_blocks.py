@@ -39,9 +39,13 @@ class Manager:
         spec = SimpleNamespace(block_size=BLOCK_SIZE)
         group = SimpleNamespace(kv_cache_spec=spec)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[group])
+        self.evicted: set[int] = set()
 
     def get_block_ids(self, request_id: str) -> list[list[int]]:
         return [[0, 5, 6, 7]]
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        self.evicted |= block_ids
 
 
 class Base:
@@ -63,8 +67,9 @@ class Scheduler(ClearsTaintedBlocks, Base):
     pass
 
 
-def request(computed: int, in_flight: int, is_steered: bool = True) -> Any:
-    extra = {EXTRA_ARG: {"report_id": "r"}} if is_steered else None
+def request(computed: int, in_flight: int, *touched: int) -> Any:
+    """touched: positions from which on it is edited; without one it is not steered."""
+    extra = {EXTRA_ARG: {"cache_keys": [(at, "key") for at in touched]}} if touched else None
     return SimpleNamespace(
         request_id="r",
         num_computed_tokens=computed,
@@ -78,22 +83,36 @@ def request(computed: int, in_flight: int, is_steered: bool = True) -> Any:
     [(14, 1, {7}), (14, 4, {6, 7}), (14, 14, {5, 6, 7}), (12, 4, {6, 7}), (3, 3, {5, 6, 7})],
 )
 def test_written_is_what_the_last_step_wrote_to_and_beyond(computed, in_flight, blocks):
-    assert written_blocks(Scheduler(), request(computed, in_flight)) == blocks
+    assert written_blocks(Scheduler(), request(computed, in_flight, 0)) == blocks
+
+
+@pytest.mark.parametrize(
+    ("touched", "blocks"),
+    [((4,), {5, 6, 7}), ((8, 13), {6, 7}), ((13, 11), {6, 7}), ((12,), {7}), ((16,), set())],
+)
+def test_of_that_the_blocks_from_the_first_edited_position_on(touched, blocks):
+    assert written_blocks(Scheduler(), request(14, 14, *touched)) == blocks
+
+
+def test_without_an_edit_none_is_written():
+    judged = request(14, 14, 0)
+    judged.sampling_params.extra_args[EXTRA_ARG]["cache_keys"] = []
+    assert written_blocks(Scheduler(), judged) == set()
 
 
 @pytest.mark.parametrize(
     ("leaves", "tainted"),
     [
-        (request(14, 3), {6, 7}),  # in mid-step: nobody looked at what came of it
-        (request(14, 0), set()),
-        (request(14, 3, is_steered=False), set()),
+        (request(14, 3, 0), {6, 7}),  # in mid-step: nobody looked at what came of it
+        (request(14, 0, 0), set()),
+        (request(14, 3), set()),
     ],
     ids=["in mid-step", "between steps", "unsteered"],
 )
 def test_a_request_that_leaves(leaves, tainted):
     scheduler = Scheduler()
     scheduler._free_request_blocks(leaves)
-    assert scheduler.tainted == tainted
+    assert scheduler.tainted == scheduler.kv_cache_manager.evicted == tainted
     assert scheduler.freed == [leaves]
 
 

@@ -179,3 +179,66 @@ def test_a_reinforced_baseline_has_a_pass_of_its_own():
     assert not passes.runs_for(one) and passes.runs_for(other) and not passes.known
     last = passes.take(request("c", [2, 9]), [])
     assert last is not None and payload(last)[FORGOTTEN_TEXTS] == [payload(one)[TEXT]]
+
+
+def ended(passes: TextPasses, text: Request, computed: int = 0) -> None:
+    """A pass was aborted, some of it computed; then a step was scheduled."""
+    text.status = RequestStatus.FINISHED_ABORTED
+    text.num_computed_tokens = computed
+    passes.note_computed()
+
+
+@pytest.mark.parametrize("step", [True, False], ids=["then a step", "at once"])
+def test_what_a_pass_that_never_ran_was_to_have_forgotten_the_next_one_has(step):
+    passes = TextPasses()
+    asked = [request(str(index), [index, 9]) for index in range(3)]
+    text = passes.take(asked[0], [])
+    assert text is not None
+    done(passes, text)
+    passes.clear()
+    text = passes.take(asked[1], [])
+    assert text is not None and payload(text)[FORGOTTEN_TEXTS] == [payload(asked[0])[TEXT]]
+    text.status = RequestStatus.FINISHED_ABORTED
+    if step:
+        passes.note_computed()
+    again = passes.take(request("same", [1, 9]), [])
+    assert again is not None and set(payload(again)[FORGOTTEN_TEXTS]) >= {payload(asked[0])[TEXT]}
+    done(passes, again)
+    last = passes.take(asked[2], [])
+    assert last is not None and payload(last)[FORGOTTEN_TEXTS] == []  # they were told
+
+
+def test_of_a_pass_that_ended_early_nothing_is_known():
+    passes = TextPasses()
+    asked = request("a", [1, 9, 2, 3])
+    text = passes.take(asked, [])
+    assert text is not None
+    ended(passes, text, computed=1)
+    assert not passes.known and not passes.running
+    other = passes.take(request("b", [4, 9]), [])
+    assert other is not None and payload(other)[FORGOTTEN_TEXTS] == [payload(asked)[TEXT]]
+
+
+def test_a_text_that_is_run_again_is_not_forgotten_meanwhile():
+    passes = TextPasses()
+    first = passes.take(request("a", [1, 9]), [])
+    assert first is not None
+    done(passes, first)
+    waited_for = request("b", [1, 9])
+    passes.take(waited_for, [])
+    passes.clear()
+    again = passes.take(request("c", [1, 9]), [waited_for])
+    assert again is not None and payload(again)[FORGOTTEN_TEXTS] == []
+    other = passes.take(request("d", [2, 9]), [])
+    assert other is not None and payload(other)[FORGOTTEN_TEXTS] == []
+
+
+def test_what_a_failed_pass_left_is_forgotten():
+    passes = TextPasses()
+    asked = request("a", [1, 9])
+    text = passes.take(asked, [])
+    assert text is not None
+    done(passes, text)
+    passes.failed(text.request_id)
+    other = passes.take(request("b", [2, 9]), [])
+    assert other is not None and payload(other)[FORGOTTEN_TEXTS] == [payload(asked)[TEXT]]

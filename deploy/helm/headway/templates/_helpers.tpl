@@ -19,5 +19,9 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "headway.serviceAccount" -}}
-{{- .Values.serviceAccount.name | default (include "headway.name" .) -}}
+{{- .Values.serviceAccount.name | default (ternary (include "headway.name" .) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{- define "headway.presets" -}}
+{{- printf "%s-presets-%s" (index . 0) (index . 1 | toJson | sha256sum | trunc 8) -}}
 {{- end -}}
