@@ -74,15 +74,23 @@ INLINE void fetch(const char *line) { __builtin_prefetch(line, 0, 2); }
 
 typedef float v4u __attribute__((vector_size(16), aligned(4)));
 
+/* GCC before 12 has only the one, clang only the other. */
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (i8){__VA_ARGS__})
+#endif
+
 /* Sums of four vectors, in order. */
 INLINE v4u sum4(const v8 *x) {
-  const i8 low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
-  const i8 left = {0, 1, 8, 9, 4, 5, 12, 13}, right = {2, 3, 10, 11, 6, 7, 14, 15};
-  v8 a = __builtin_shuffle(x[0], x[1], low) + __builtin_shuffle(x[0], x[1], high);
-  v8 b = __builtin_shuffle(x[2], x[3], low) + __builtin_shuffle(x[2], x[3], high);
-  v8 halves = __builtin_shuffle(a, b, left) + __builtin_shuffle(a, b, right);
-  return __builtin_shufflevector(halves, halves, 0, 1, 2, 3) +
-         __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
+  v8 a = SHUFFLE(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13) +
+         SHUFFLE(x[0], x[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  v8 b = SHUFFLE(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13) +
+         SHUFFLE(x[2], x[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  v8 both = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  v4u halves[2];
+  memcpy(halves, &both, sizeof both);
+  return halves[0] + halves[1];
 }
 
 /* Down the rows of 8 * `wide` columns: sums (+)= factors . matrix for `vectors` <= VECTORS. Of

@@ -9,15 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
+from headway.kernels.compiled import compiled_path
 from headway.server.commands.model import quiet_stdout
 from headway.server.commands.plugins import NAME, VARIABLE, PluginError, own_plugins
 from headway.steering.compile import ENGINE_FEATURES
 from headway.steering.program import Feature
+
+CPU_KERNELS = (
+    "cache_products",
+    "linear_grad",
+    "residual_edit",
+    "row_gradients",
+    "segment_attention",
+)
+"""Those that are compiled when Headway is installed, and missing where that failed."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,11 @@ def device() -> list[Finding]:
     chosen = envs.VLLM_USE_V2_MODEL_RUNNER
     if current_platform.is_cpu():
         detail = "VLLM_USE_V2_MODEL_RUNNER=1 chooses V2" if chosen else ""
-        return [Finding("device", None, "cpu"), Finding("V1 model runner", not chosen, detail)]
+        return [
+            Finding("device", None, "cpu"),
+            Finding("V1 model runner", not chosen, detail),
+            *compiled(),
+        ]
     if not current_platform.is_cuda():
         name = current_platform.device_type or "none that vLLM knows"
         return [Finding("device", False, f"{name}; Headway steers on cuda and cpu")]
@@ -112,6 +127,24 @@ def device() -> list[Finding]:
         Finding("device", None, current_platform.get_device_name()),
         _triton(),
         Finding("V2 model runner", chosen is not False and HAS_TRITON, detail),
+    ]
+
+
+def compiled() -> list[Finding]:
+    """What CPU needs compiled: Headway's own kernels, and by torch while an engine runs."""
+    missing = [name for name in CPU_KERNELS if compiled_path(name) is None]
+    detail = ""
+    if missing:
+        detail = f"not built: {', '.join(missing)}; install headway again where there is gcc"
+    compiler = os.environ.get("CXX", "g++")
+    found = shutil.which(compiler)
+    lacking = (
+        f"no {compiler}; torch compiles with it at start unless --enforce-eager is given, and at "
+        "requests for logprobs even then: install g++ or name another in CXX"
+    )
+    return [
+        Finding("C kernels", not missing, detail),
+        Finding("C++ compiler", found is not None, found or lacking),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,8 @@ class AttentionGroup:
         self._whole = torch.tensor(whole, dtype=torch.int64)
         self._whole_lens = torch.tensor([scheduled[each] for each in whole], dtype=torch.int32)
         self._words: dict[int, torch.Tensor] = {}
-        self._step: CpuStepPlan | None = None
+        # Weak: layouts outlive steps, and a step, which has its layout, may hold large tensors.
+        self._step: weakref.ref[CpuStepPlan] | None = None
         self._seq_lens: dict[int, torch.Tensor | None] = {}
         self._sequences: Sequences | None = None
 
@@ -100,8 +102,8 @@ class AttentionGroup:
         )
 
     def _begin(self, step: CpuStepPlan) -> None:
-        if self._step is not step:
-            self._step, self._sequences = step, None
+        if self._step is None or self._step() is not step:
+            self._step, self._sequences = weakref.ref(step), None
             self._seq_lens.clear()
 
 

@@ -63,7 +63,8 @@ class SteeringModelRunner:
         for name, layer in layers.items():
             if reason := unsupported_layer(layer, edits):
                 raise ValueError(f"Headway cannot steer layer {name}: {reason}")
-        tables = worker_tables(GpuTables, self.vllm_config, self.device)
+        residual = unsupported_residual(self.vllm_config) is None
+        tables = worker_tables(GpuTables, self.vllm_config, self.device, residual=residual)
         geometry = tables.geometry
         self.planner = GpuPlanner(
             tables,
@@ -76,7 +77,7 @@ class SteeringModelRunner:
             gather=gather_heads,
         )
         self.steering = SteeringState(geometry, self.planner)
-        if self.planner.can_tag or unsupported_residual(self.vllm_config) is None:
+        if self.planner.can_tag or residual:
             layer_boundary.install(self.model, layers, edits_after_attention(self.vllm_config))
         self.model_state.headway = self
 

@@ -6,7 +6,9 @@ copies on the stream of the forward pass, and happen when a request comes, not i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from headway.server.engine.slots import ResidualPart, SlotTables
 from headway.steering.head_words import HeadField, HeadWords
 
 MAX_SHIFTS = 4096
-"""Vectors that all running requests together may add to head outputs, on one worker."""
+"""Different vectors that running requests together may add to head outputs, on one worker."""
 
 
 MAX_CLUSTERS = 16
@@ -40,10 +42,16 @@ class GpuTables(SlotTables):
     added, strengths, forms: int32, float32 and int32 [points of this stage, capacity], the vectors
     that a slot adds, -1 for none, how strongly, and in which `Form`. probe_weights, directions:
     float32 [max_vectors, MAX_CLUSTERS, hidden_size]; probe_bias: float32 [max_vectors,
-    MAX_CLUSTERS]; max_vectors follows from VECTOR_BYTES.
+    MAX_CLUSTERS]; max_vectors follows from VECTOR_BYTES, and is 1 without `residual`, for engines
+    that refuse residual edits.
     """
 
     max_clusters = MAX_CLUSTERS
+
+    def __init__(self, *args: Any, residual: bool = True, **options: Any) -> None:
+        # One set that nothing uses keeps the tables valid where no request may edit the stream.
+        self.max_vectors = MAX_VECTORS if residual else 1
+        super().__init__(*args, **options)
 
     def _allocate(self, device: str | torch.device) -> None:
         shape = len(self.layers), self.capacity, self.local_heads
@@ -58,7 +66,7 @@ class GpuTables(SlotTables):
         self.strengths = torch.zeros(points, device=device)
         self.forms = torch.zeros(points, dtype=torch.int32, device=device)
         set_bytes = 2 * 4 * MAX_CLUSTERS * self.geometry.hidden_size
-        self.max_vectors = min(MAX_VECTORS, VECTOR_BYTES // set_bytes)
+        self.max_vectors = min(self.max_vectors, VECTOR_BYTES // set_bytes)
         vectors = self.max_vectors, MAX_CLUSTERS, self.geometry.hidden_size
         self.probe_weights = torch.zeros(vectors, device=device)
         self.directions = torch.zeros(vectors, device=device)
@@ -66,7 +74,10 @@ class GpuTables(SlotTables):
         self._vectors: dict[tuple[str, int | None], int] = {}
         self._users: list[set[int]] = [set() for _ in range(self.max_vectors)]
         self._free_shifts = list(range(MAX_SHIFTS - 1, -1, -1))
-        self._shifts_of: dict[int, list[int]] = {}
+        # By content: requests of a profile share its rows.
+        self._shift_rows: dict[bytes, int] = {}
+        self._shift_users: Counter[bytes] = Counter()
+        self._shifts_of: dict[int, list[bytes]] = {}
 
     def row_of(self, layer: int) -> int:
         """Where a layer of this stage is in the tables."""
@@ -82,7 +93,11 @@ class GpuTables(SlotTables):
     def release(self, slot: int) -> None:
         """Give a slot and its shifts back."""
         super().release(slot)
-        self._free_shifts += self._shifts_of.pop(slot, [])
+        for content in self._shifts_of.pop(slot, []):
+            self._shift_users[content] -= 1
+            if not self._shift_users[content]:
+                del self._shift_users[content]
+                self._free_shifts.append(self._shift_rows.pop(content))
         for users in self._users:
             users.discard(slot)
 
@@ -94,15 +109,20 @@ class GpuTables(SlotTables):
         upload(self.edits[:, slot], self.edited_heads[slot, stage].astype(np.uint8))
 
     def _upload_shifts_of(self, slot: int, words: HeadWords, table: np.ndarray) -> np.ndarray:
-        """Upload the shifts that a table points at; returns its indices into `shifts`."""
+        """Upload the shifts that a table points at and no slot has; returns rows of `shifts`."""
         indices = table[..., HeadField.SHIFT_INDEX].astype(np.int64)
         wanted = np.unique(indices[indices >= 0])
-        if len(wanted) > len(self._free_shifts):
+        contents = [words.shifts[index].tobytes() for index in wanted]
+        new = dict(zip(contents, wanted.tolist(), strict=True))
+        new = {content: index for content, index in new.items() if content not in self._shift_rows}
+        if len(new) > len(self._free_shifts):
             raise RuntimeError(f"the shifts of running requests exceed {MAX_SHIFTS}")
-        rows = [self._free_shifts.pop() for _ in wanted]
-        self._shifts_of[slot] = rows
-        for index, row in zip(wanted.tolist(), rows, strict=True):
+        for content, index in new.items():
+            self._shift_rows[content] = row = self._free_shifts.pop()
             upload(self.shifts[row], words.shifts[index])
+        self._shift_users.update(contents)
+        self._shifts_of[slot] = contents
+        rows = [self._shift_rows[content] for content in contents]
         found = np.searchsorted(wanted, np.maximum(indices, 0))
         places = np.array([*rows, -1])[np.minimum(found, len(rows))]
         return np.where(indices >= 0, places, -1)

@@ -18,9 +18,9 @@ Tables = TypeVar("Tables", bound=SlotTables)
 
 
 def worker_tables(
-    kind: type[Tables], vllm_config: Any, device: str | torch.device = "cpu"
+    kind: type[Tables], vllm_config: Any, device: str | torch.device = "cpu", **options: Any
 ) -> Tables:
-    """Tables of this kind for the layers and heads of this worker."""
+    """Tables of this kind for the layers and heads of this worker; options: others of theirs."""
     model, group = vllm_config.model_config, get_tp_group()
     return kind(
         geometry_of(vllm_config),
@@ -30,6 +30,7 @@ def worker_tables(
         rank=group.rank_in_group,
         world_size=group.world_size,
         device=device,
+        **options,
     )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from transformers import AutoProcessor
 
+from headway.server.engine.cpu_plan import CpuStepPlan
+from headway.server.engine.saliency_tape import SaliencyTape
 from tests import sgrs_oracle
 from tests.attention_oracle import Locore
 from tests.engine.harness import Harness, Job, Result, program
@@ -63,6 +67,19 @@ def test_all_candidates_of_a_lone_request_are_looked_at_together(harness, prompt
     with watched_saliencies() as seen:
         harness.run([job])
     assert [len(each.candidates) for each in seen] == [5] * (LENGTH - 1)
+
+
+def test_nothing_of_a_step_outlives_it(harness, prompts):
+    """Tensors of a whole step wait for no garbage collector, which would be asked too seldom."""
+    gated = program(sgrs(), {"method": "locore", "beta": 1.0})
+    gc.collect()
+    gc.disable()
+    try:
+        harness.run([Job(prompts[0], gated, LENGTH), Job(prompts[1], gated, LENGTH + 2)])
+        kinds = [type(each) for each in gc.get_objects()]
+    finally:
+        gc.enable()
+    assert CpuStepPlan not in kinds and SaliencyTape not in kinds
 
 
 @pytest.mark.parametrize("history", ["output", "after_image"])

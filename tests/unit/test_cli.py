@@ -285,11 +285,33 @@ def test_doctor_tells_whether_the_device_has_a_runner_that_steers(
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", triton)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace() if triton else None)
     monkeypatch.setattr(doctor, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(doctor, "compiled", list)
     from vllm import envs
 
     # Not through the environment, which vLLM reads once where an engine runs in the process.
     monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", variable)
     assert tuple(finding.ok for finding in doctor.device()) == expected
+
+
+def test_doctor_names_what_was_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.touch(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(doctor, "compiled_path", lambda name: f"_{name}.so")
+    assert [finding.ok for finding in doctor.compiled()] == [True, True]
+    compiler.unlink()
+    built = set(doctor.CPU_KERNELS) - {"cache_products"}
+    monkeypatch.setattr(doctor, "compiled_path", lambda name: name if name in built else None)
+    kernels, cxx = doctor.compiled()
+    assert not kernels.ok and kernels.detail.startswith("not built: cache_products;")
+    assert not cxx.ok and str(compiler) in cxx.detail
+
+
+def test_doctor_knows_every_kernel_that_is_compiled() -> None:
+    sources = (Path(__file__).parents[2] / "kernels").glob("*.c")
+    assert sorted(source.stem for source in sources) == sorted(doctor.CPU_KERNELS)
 
 
 def test_doctor_judges_the_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,3 +68,30 @@ def test_shifts_are_given_back_with_their_slot():
     for slot in slots:
         tables.release(slot)
     assert len(tables._free_shifts) == free
+
+
+def test_requests_of_a_profile_share_its_shifts():
+    words = HeadWords.identity(GEOMETRY)
+    shift = np.random.default_rng(0).standard_normal((4, 4, GEOMETRY.head_size))
+    words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift.astype(np.float32))
+    words = HeadWords(words.table, shifts)
+    tables = GpuTables(GEOMETRY, 256, 16)
+    slots = [tables.acquire(words) for _ in range(gpu_tables.MAX_SHIFTS // 16 + 1)]
+    assert all((dense(tables, slot) == words.dense_shift()).all() for slot in slots)
+    for slot in slots[1:]:
+        tables.release(slot)
+    others = [tables.acquire(shifted_words(seed)) for seed in range(3)]
+    assert (dense(tables, slots[0]) == words.dense_shift()).all()
+    for slot in (slots[0], *others):
+        tables.release(slot)
+    assert sorted(tables._free_shifts) == list(range(gpu_tables.MAX_SHIFTS))
+
+
+def test_an_engine_that_refuses_residual_edits_has_no_memory_for_them():
+    def size(**options: bool) -> int:
+        tables = GpuTables(GEOMETRY, 4, 16, device="meta", **options)
+        return tables.probe_weights.nbytes + tables.directions.nbytes
+
+    one_set = 2 * gpu_tables.MAX_CLUSTERS * GEOMETRY.hidden_size * 4
+    assert size(residual=False) == one_set
+    assert size() == gpu_tables.MAX_VECTORS * one_set
