@@ -52,7 +52,7 @@ serve: setup ## serve SmolLM2 on PORT (default 8000)
 		--served-model-name smollm2-135m-instruct --max-model-len 4096 --port $(PORT)
 
 test: setup-dev lint ## everything that must pass: lint, types and all tests, engines included
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25
 
 test-fast: setup-dev ## the unit tests alone
 	$(BIN)/pytest -m unit

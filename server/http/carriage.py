@@ -20,6 +20,9 @@ ALIAS_PATH = "model"
 CARRIAGES = (FIELD, XARGS_PATH, ALIAS_PATH)
 """The JSON paths of the three carriages."""
 
+FILES = frozenset({"preset", "profile"})
+"""The keys of a spec and of its methods that may stand for a file."""
+
 
 @dataclass(frozen=True)
 class Carriage:
@@ -27,6 +30,17 @@ class Carriage:
 
     value: Any
     param: str
+
+    @property
+    def may_name_files(self) -> bool:
+        """Whether it names, as far as a glance tells, a preset or a profile."""
+        if isinstance(self.value, str):
+            return any(word in self.value for word in (*FILES, "\\u"))
+        if not isinstance(self.value, dict):
+            return False
+        methods = self.value.get("methods")
+        parts = [self.value, *methods] if isinstance(methods, list) else [self.value]
+        return any(isinstance(each, dict) and not each.keys().isdisjoint(FILES) for each in parts)
 
     def spec(self) -> SteeringSpec:
         """The validated spec. Raises SteeringError with paths under `param`."""

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headway.server.http.carriage import Carriage, take_carriages
+from headway.server.http.carriage import Carriage, split_alias, take_carriages
 from headway.server.http.errors import refuse_early
 from headway.steering import Reason, SteeringError
 
@@ -41,6 +41,9 @@ class SteeringGuard:
             return
         messages, body, whole = await _read(receive)
         carriage = find_steering(body, whole)
+        state = state_of(scope)
+        if carriage is None and state is not None and state.any_model:
+            carriage = await state.in_thread(find_alias, body, state)
         if carriage is not None:
             message = f"{path_of(scope)} cannot steer; it would have ignored this"
             error = SteeringError(Reason.UNSUPPORTED, message, carriage.param)
@@ -65,17 +68,36 @@ def find_steering(body: bytes, whole: bool = True) -> Carriage | None:
 
     whole: False if `body` is only the start of one, which is then searched for the key as text.
     """
-    # A key can be spelt with escapes; only then, or with the word itself, is parsing worth it.
-    if b"steering" not in body and b"\\u00" not in body:
+    # A key can be spelt with escapes, and a body in UTF-16 or UTF-32, which JSON's parser takes;
+    # only then, or with the word itself, is parsing worth it.
+    if b"steering" not in body and b"\\u00" not in body and b"\0" not in body[:4]:
         return None
     if not whole:
-        return Carriage(None, "steering") if b'"steering"' in body else None
+        text = body.decode(json.detect_encoding(body), "replace")
+        return Carriage(None, "steering") if '"steering"' in text else None
+    carriages = take_carriages(_parse(body))[0]
+    return carriages[0] if carriages else None
+
+
+def find_alias(body: bytes, state: Any) -> Carriage | None:
+    """The alias of a preset that a JSON body names as its model, None if it does not.
+
+    For servers that take every name for their model: others answer that there is no such model.
+    """
+    model = _parse(body).get("model")
+    if not isinstance(model, str):
+        return None
+    alias = split_alias(model, state.presets, state.is_served, state.any_model)
+    return None if alias is None else alias[1]
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """A JSON object, an empty one in place of anything else."""
     try:
         parsed: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    carriages = take_carriages(parsed)[0] if isinstance(parsed, dict) else ()
-    return carriages[0] if carriages else None
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes, bool]:

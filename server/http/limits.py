@@ -92,7 +92,7 @@ class Places:
         for bound in self._bounds(place):
             if place.sequences > bound.limit:
                 message = f"the request has {place.sequences} {bound.what}; {bound.allows}"
-                raise SteeringError(Reason.BAD_PARAM, message, "n")
+                raise SteeringError(Reason.BAD_PARAM, message, too_many(body, bound.limit))
         for bound in self._bounds(place):
             if bound.taken + place.sequences > bound.limit:
                 message = (
@@ -134,9 +134,22 @@ def needs_saliency(program: SteeringProgram) -> bool:
 
 def sequences_of(body: Any) -> int:
     """How many sequences a validated request makes: its choices, for each of its prompts."""
-    return (getattr(body, "n", None) or 1) * max(
-        1, _count(getattr(body, "prompt", None)) + _count(getattr(body, "prompt_embeds", None))
-    )
+    return _choices(body) * max(1, sum(_prompts(body).values()))
+
+
+def too_many(body: Any, limit: float) -> str:
+    """The field that makes more sequences than a limit: `n`, or else the longer list of prompts."""
+    prompts = _prompts(body)
+    return "n" if _choices(body) > limit else max(prompts, key=prompts.__getitem__)
+
+
+def _choices(body: Any) -> int:
+    return getattr(body, "n", None) or 1
+
+
+def _prompts(body: Any) -> dict[str, int]:
+    """How many prompts there are in each field that has them."""
+    return {name: _count(getattr(body, name, None)) for name in ("prompt", "prompt_embeds")}
 
 
 def _count(prompts: Any) -> int:

@@ -91,7 +91,7 @@ class HeadwayEndpoints:
             isolate(engine_client, os.environ[SECRET_VARIABLE])
         state.headway.lifetime.watch()
         args.headway_lifetime = state.headway.lifetime  # for `headway serve`: how it ended
-        check_rendered_prompts(engine_client)
+        check_rendered_prompts(engine_client, state.openai_serving_responses)
         write_as_vllm()
         observation.LOGGER.disabled = bool(getattr(args, "disable_steering_log", False))
         state.headway_poll = poll_statistics(client, vllm_config.parallel_config)

@@ -4,7 +4,8 @@ The engine's input processor checks it once more, for every endpoint and offline
 vLLM's handlers gets there when it has answered 200.
 
 vLLM symbols relied on: `EngineClient.generate`, called by the handlers with the rendered prompt and
-the sampling parameters, and `EngineClient.input_processor`.
+the sampling parameters, and `EngineClient.input_processor`; of the handler of responses
+`_generate_with_builtin_tools`, which does the same, but not before its first step.
 """
 
 from __future__ import annotations
@@ -21,24 +22,42 @@ from headway.steering.spans import check_spans, message_texts
 PROMPT_FIELDS = ("messages", "prompt", "input", "prompt_embeds")
 """Where a body holds its prompt; one without any is a dry run of the steering alone."""
 
+PREVIOUS_FIELDS = ("previous_response_id", "previous_input_messages")
+"""What a response goes on from, where there may be images that the body does not show."""
 
-def check_rendered_prompts(engine_client: Any) -> None:
+
+def check_rendered_prompts(engine_client: Any, responses: Any = None) -> None:
     """Have `engine_client.generate` (changed on this object) raise SteeringError at the call.
 
-    It is an asynchronous generator, whose first step would be the first to look at the prompt.
+    It is an asynchronous generator, whose first step would be the first to look at the prompt. So
+    is what calls it in `responses`, the handler of responses, which is changed likewise.
     """
-    original = engine_client.generate
+    generate_original = engine_client.generate
 
-    @wraps(original)
+    @wraps(generate_original)
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        steering = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARG)
-        if isinstance(steering, SteeringRequest):
-            rendered = Prompt.of_input(prompt)
-            if rendered is not None:
-                read_prompt(rendered, steering, engine_client.input_processor)
-        return original(prompt, sampling_params, *args, **kwargs)
+        _check_rendered(engine_client, prompt, sampling_params)
+        return generate_original(prompt, sampling_params, *args, **kwargs)
 
     engine_client.generate = generate
+    if responses is None:
+        return
+    turns_original = responses._generate_with_builtin_tools
+
+    @wraps(turns_original)
+    def turns(request_id: str, engine_input: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        _check_rendered(engine_client, engine_input, sampling_params)
+        return turns_original(request_id, engine_input, sampling_params, **kwargs)
+
+    responses._generate_with_builtin_tools = turns
+
+
+def _check_rendered(engine_client: Any, prompt: Any, sampling_params: Any) -> None:
+    steering = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARG)
+    if isinstance(steering, SteeringRequest):
+        rendered = Prompt.of_input(prompt)
+        if rendered is not None:
+            read_prompt(rendered, steering, engine_client.input_processor)
 
 
 def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -53,7 +72,8 @@ def check_prompt(program: SteeringProgram, body: Mapping[str, Any]) -> tuple[str
     """
     if not any(body.get(name) is not None for name in PROMPT_FIELDS):
         return None
-    require_image(program, _has_picture(body.get("messages") or body.get("input")))
+    if not any(body.get(name) for name in PREVIOUS_FIELDS):
+        require_image(program, _has_picture(body.get("messages") or body.get("input")))
     messages = body.get("messages")
     is_response = messages is None and body.get("input") is not None
     if is_response:
@@ -116,12 +136,18 @@ def _check_texts(program: SteeringProgram, body: Mapping[str, Any]) -> None:
 
 
 def _has_picture(value: Any) -> bool:
-    """Whether messages, or the input of a response, contain an image or a video part."""
-    if isinstance(value, list):
-        return any(_has_picture(each) for each in value)
-    if not isinstance(value, dict):
-        return False
-    kind = str(value.get("type", ""))
-    if any(picture in name for name in (kind, *value) for picture in PICTURES):
-        return True
-    return _has_picture(value.get("content"))
+    """Whether messages, or the input of a response, contain an image or a video part.
+
+    Without recursion: no model has validated what another endpoint ignores, however deep it is.
+    """
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        elif isinstance(part, dict):
+            names = [each for each in (part.get("type"), *part) if isinstance(each, str)]
+            if any(picture in name for name in names for picture in PICTURES):
+                return True
+            pending.append(part.get("content"))
+    return False

@@ -124,7 +124,7 @@ async def answer(endpoint: Endpoint, body: Any, raw_request: Request) -> Any:
     state = steering_state(raw_request)
     observation = Observation.begin(raw_request, state.tracer)
     with observation.part("compile"):
-        steering = state.resolve(body.steering, body.model, body)
+        steering = await state.resolve_aside(body.steering, body.model, body)
     if steering is None:
         return await endpoint.stock_route(body, raw_request)
     body.model = steering.model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +36,13 @@ from headway.steering import (
     SteeringSpec,
     compile_spec,
 )
+from headway.steering.compile import Presets
 
 MAX_REPORTS = 1024
 """Finished reports kept for GET /v1/steering/reports/{request_id}; the oldest go first."""
+
+MAX_REPORT_BYTES = 64 * 1024 * 1024
+"""Most bytes of them together, as JSON; a full report of a large model has several MB."""
 
 FOREIGN_DECODING = ("use_beam_search",)
 """Request fields that decode outside the seam that steering goes through."""
@@ -54,19 +60,25 @@ class ResolvedSteering:
 class ReportStore:
     """The last reports by client and response id: clients may choose ids, and see others'."""
 
-    def __init__(self, capacity: int = MAX_REPORTS) -> None:
+    def __init__(self, capacity: int = MAX_REPORTS, max_bytes: int = MAX_REPORT_BYTES) -> None:
         self._capacity = capacity
-        self._reports: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
+        self._max_bytes = max_bytes
+        self._size = 0
+        self._reports: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 
     def put(self, request_id: str, report: dict[str, Any], client: str = ANONYMOUS) -> None:
-        """Keep a report, forgetting the oldest beyond the capacity."""
-        self._reports[client, request_id] = report
-        self._reports.move_to_end((client, request_id))
-        while len(self._reports) > self._capacity:
-            self._reports.popitem(last=False)
+        """Keep a report, forgetting the oldest beyond the capacity; one too large alone is not."""
+        content = json.dumps(report, separators=(",", ":")).encode()
+        self._size -= len(self._reports.pop((client, request_id), b""))
+        if len(content) > self._max_bytes:
+            return
+        self._reports[client, request_id] = content
+        self._size += len(content)
+        while len(self._reports) > self._capacity or self._size > self._max_bytes:
+            self._size -= len(self._reports.popitem(last=False)[1])
 
-    def get(self, request_id: str, client: str = ANONYMOUS) -> dict[str, Any] | None:
-        """The report of a client's response, None if there is none (any more)."""
+    def get(self, request_id: str, client: str = ANONYMOUS) -> bytes | None:
+        """The JSON of the report of a client's response, None if there is none (any more)."""
         return self._reports.get((client, request_id))
 
     def knows(self, request_id: str) -> bool:
@@ -96,6 +108,7 @@ class SteeringState:
     users: Counter[str] = field(default_factory=Counter)  # running requests of a vector profile
     readings: ReadingStore = field(default_factory=ReadingStore)
     feedback: FeedbackCollector | None = field(init=False, default=None)  # None for a dry run
+    _files: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         limit = max_vector_bytes(self.vllm_config)
@@ -108,6 +121,23 @@ class SteeringState:
     def is_served(self, model: str) -> bool:
         """Whether `model` is a served name: a base model or an adapter."""
         return self.models.is_base_model(model) or model in self.models.lora_requests
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function that reads files returns; one at a time, so that they are read once."""
+        async with self._files:
+            return await asyncio.to_thread(function, *args)
+
+    async def resolve_aside(
+        self, carriages: Sequence[Carriage] | None, model: str | None, options: Any
+    ) -> ResolvedSteering | None:
+        """`resolve`, off the event loop where it may read files: vectors have up to 256 MiB."""
+        may_be_alias = model is not None and ":" in model and not self.is_served(model)
+        if may_be_alias or any(carriage.may_name_files for carriage in carriages or ()):
+            found: ResolvedSteering | None = await self.in_thread(
+                self.resolve, carriages, model, options
+            )
+            return found
+        return self.resolve(carriages, model, options)
 
     def resolve(
         self, carriages: Sequence[Carriage] | None, model: str | None, options: Any
@@ -131,7 +161,7 @@ class SteeringState:
     def _compile(self, carriage: Carriage, model: str | None, options: Any) -> ResolvedSteering:
         spec = carriage.spec()
         try:
-            presets = {name: preset.methods for name, preset in self.presets.items()}
+            presets = self._methods_of(spec.preset)
             program = compile_spec(spec, self.geometry, presets, carriage.param)
         except SteeringError:
             raise
@@ -149,6 +179,14 @@ class SteeringState:
             message = "a background response cannot show its steering; send it without `background`"
             raise SteeringError(Reason.UNSUPPORTED, message, "background")
         return ResolvedSteering(spec, program, model)
+
+    def _methods_of(self, preset: str | None) -> Presets:
+        """Of a preset alone: to look at one may read files. Of all where it is unknown, to tell."""
+        if preset is None:
+            return {}
+        known = self.presets.get(preset)
+        named = self.presets if known is None else {preset: known}
+        return {name: each.methods for name, each in named.items()}
 
 
 def steering_state(request: Request) -> SteeringState:

@@ -19,7 +19,12 @@ from headway.server.http.carriage import CARRIAGES
 from headway.server.http.clients import current_client
 from headway.server.http.dry_run import compile_body, cost_class, describe
 from headway.server.http.errors import error_response
-from headway.server.http.state import MAX_REPORTS, SteeringState, steering_state
+from headway.server.http.state import (
+    MAX_REPORT_BYTES,
+    MAX_REPORTS,
+    SteeringState,
+    steering_state,
+)
 from headway.steering import SteeringError
 from headway.steering.compile import ENGINE_FEATURES
 from headway.steering.methods.base import Method
@@ -87,8 +92,9 @@ async def compile_request(body: dict[str, Any], raw_request: Request) -> Respons
 
     body: `{"steering": {...}}`, or a whole request for one of the steerable routes.
     """
+    state = steering_state(raw_request)
     try:
-        program = compile_body(steering_state(raw_request), body)
+        program = await state.in_thread(compile_body, state, body)
     except SteeringError as error:
         return error_response(error)
     return JSONResponse(describe(program))
@@ -102,13 +108,13 @@ async def presets(raw_request: Request) -> JSONResponse:
 
 
 @router.get("/reports/{request_id}", responses=openapi.REPORT)
-async def report(request_id: str, raw_request: Request) -> JSONResponse:
+async def report(request_id: str, raw_request: Request) -> Response:
     """What steering did in a finished answer, by its id, for who has the API key that asked."""
     found = steering_state(raw_request).reports.get(request_id, current_client())
     if found is None:
-        detail = f"no report of {request_id[:80]}; this server keeps its last {MAX_REPORTS}"
-        raise HTTPException(404, detail)
-    return JSONResponse(found)
+        kept = f"its last {MAX_REPORTS}, {MAX_REPORT_BYTES >> 20} MiB at most"
+        raise HTTPException(404, f"no report of {request_id[:80]}; this server keeps {kept}")
+    return Response(found, media_type="application/json")
 
 
 def _method(method: type[Method]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from headway.server.http import metrics
 from headway.server.http.errors import error_body
 from headway.server.http.exchange import Exchange
-from headway.steering import SteeringError
+from headway.steering import Reason, SteeringError
 
 DONE = "data: [DONE]\n\n"
 ERROR = 'data: {"error"'
@@ -40,7 +41,7 @@ async def echo_in_chunks(
                     try:
                         yield splice(held, await exchange.complete())
                     except SteeringError as error:
-                        outcome = "failed"
+                        outcome = ended_by(exchange, error)
                         yield error_event(error)
                 yield chunk
                 continue
@@ -49,7 +50,7 @@ async def echo_in_chunks(
                 held = ""
             if chunk.startswith(ERROR):
                 failure = await exchange.recorded_failure()
-                outcome = "failed" if failure else "error"
+                outcome = ended_by(exchange, failure) if failure else "error"
                 yield error_event(failure) if failure else chunk
             elif FINISH in chunk or NO_CHOICES in chunk:
                 held = chunk
@@ -77,13 +78,25 @@ async def echo_in_events(
             yield f"event: {event.type}\ndata: {payload}\n\n"
     except Exception as raised:
         failure = raised if isinstance(raised, SteeringError) else await exchange.recorded_failure()
-        outcome = "failed" if failure else "error"
+        outcome = ended_by(exchange, failure) if failure else "error"
         if failure is None:
             raise
         yield response_error_event(failure, number + 1)
     finally:
         await events.aclose()
         exchange.close(outcome)
+
+
+def ended_by(exchange: Exchange, error: SteeringError) -> str:
+    """The outcome of a stream that ends with an error of ours; what is no failure is counted here.
+
+    There is no exception handler to do it: the answer has begun.
+    """
+    exchange.error = error
+    if error.reason is Reason.STEERING_FAILED:
+        return "failed"
+    metrics.REFUSED.labels(reason=str(error.reason)).inc()
+    return "error"
 
 
 def splice(chunk: str, steering: dict[str, Any] | None) -> str:

@@ -327,7 +327,7 @@ def test_a_full_report_shows_class_masses(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_span_that_only_the_rendered_prompt_can_judge(
     server: Server, path: str, stream: bool
 ) -> None:

@@ -309,6 +309,11 @@ def test_deep_json_is_refused(guarded: Guarded, opening: str) -> None:
         nested = [nested]
     answer = guarded.a.post(CHAT, json=chat_body(steering={"methods": nested}))
     assert answer.status_code == 400
+    # vLLM has no such field in a text completion, so that nobody has validated it.
+    plain = json.dumps({**bodies(steering=STEERED)[COMPLETIONS], "max_tokens": 1})
+    body = f'{plain[:-1]}, "messages": {"[" * 600}{"]" * 600}}}'
+    answer = guarded.a.post(COMPLETIONS, content=body, headers=headers)
+    assert answer.status_code < 500, answer.text
 
 
 def test_a_preset_is_data(guarded: Guarded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,12 +12,14 @@ from fastapi import FastAPI, Request
 
 from headway.server.http import guard
 from headway.server.http.guard import SteeringGuard, find_steering
+from tests.unit.test_http_exchange import make_state
 
 pytestmark = pytest.mark.unit
 
 
-def client(root_path: str = "") -> httpx.AsyncClient:
+def client(root_path: str = "", state: Any = None) -> httpx.AsyncClient:
     app = FastAPI(root_path=root_path)
+    app.state.headway = state
     app.add_middleware(SteeringGuard, steerable={"/v1/completions"})
 
     @app.post("/{path:path}")
@@ -48,6 +51,52 @@ async def test_an_escaped_key_is_seen() -> None:
     headers = {"content-type": "application/json"}
     response = await client().post("/pooling", content=body, headers=headers)
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
+)
+async def test_a_body_in_any_encoding_of_json_is_seen(encoding: str) -> None:
+    body = '{"input": "\U0001f600\ud800", "steering": {"preset": "x"}}'
+    content = body.encode(encoding, "surrogatepass")
+    headers = {"content-type": "application/json"}
+    response = await client().post("/v1/embeddings", content=content, headers=headers)
+    assert response.status_code == 400
+    start = '{"steering": {'.encode(encoding)
+    assert find_steering(start, whole=False) is not None
+    plain = '{"input": "steering"}'.encode(encoding)
+    response = await client().post("/v1/embeddings", content=plain, headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("model", "any_model", "status"),
+    [
+        ("base:quiet", True, 400),
+        ("whatever:quiet", True, 400),
+        ("base:unknown", True, 200),
+        ("served:quiet", True, 200),
+        ("base", True, 200),
+        (["base:quiet"], True, 200),
+        ("base:quiet", False, 200),  # vLLM has no such model, and says so
+    ],
+)
+async def test_an_alias_is_refused_where_every_name_is_the_model(
+    model: Any, any_model: bool, status: int
+) -> None:
+    state = make_state()
+    state.any_model = any_model
+    state.models = SimpleNamespace(  # type: ignore[assignment]
+        is_base_model=lambda name: name in ("base", "served:quiet"), lora_requests={}
+    )
+    state.presets = {"quiet": None}  # type: ignore[dict-item]
+    body = {"model": model, "input": "x"}
+    response = await client(state=state).post("/v1/embeddings", json=body)
+    assert response.status_code == status
+    if status == 400:
+        error = response.json()["error"]
+        assert (error["reason"], error["param"]) == ("E_UNSUPPORTED", "model")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,26 @@ def test_every_prompt_counts(fields: dict[str, Any], sequences: int) -> None:
     assert sequences_of(SteerableCompletionRequest(model="base", **fields)) == sequences
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a", "n": 3}, "n"),
+        ({"prompt": ["a"] * 3}, "prompt"),
+        ({"prompt": ["a"] * 2, "n": 2}, "prompt"),
+        ({"prompt": ["a"] * 2, "n": 3}, "n"),
+        ({"prompt_embeds": [b"a"] * 3}, "prompt_embeds"),
+        ({"prompt": "a", "prompt_embeds": [b"a"] * 2}, "prompt_embeds"),
+    ],
+    ids=str,
+)
+async def test_the_field_that_asks_for_too_many_is_named(
+    fields: dict[str, Any], param: str
+) -> None:
+    exchange = asked(limited(max_steered_requests=2), "a")
+    exchange.body = SteerableCompletionRequest(model="base", **fields)
+    assert refused(exchange, Reason.BAD_PARAM).param == param
+
+
 def parsed(*options: str) -> Namespace:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 

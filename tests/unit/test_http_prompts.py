@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 
-from headway.server.http.prompts import check_prompt
-from headway.steering import ModelGeometry, SteeringError, compile_spec, parse_spec
+from headway.server.engine.request import SteeringRequest
+from headway.server.http.prompts import check_prompt, check_rendered_prompts
+from headway.steering import EXTRA_ARG, ModelGeometry, SteeringError, compile_spec, parse_spec
 from headway.steering.spans import message_texts
 
 pytestmark = pytest.mark.unit
@@ -77,6 +81,75 @@ def test_a_span_that_the_messages_of_a_response_do_not_hold_is_refused(span: Any
         checked({"input": "Who sat?", "previous_response_id": "resp_1"}, span)
     assert caught.value.reason == "E_BAD_PARAM"
     assert caught.value.param.startswith("steering.methods[0].spans[0]")
+
+
+NEEDS_IMAGE = compile_spec(
+    parse_spec({"methods": [{"method": "vhr"}]}), replace(GEOMETRY, supports_images=True)
+)
+
+
+def image_checked(body: dict[str, Any]) -> None:
+    check_prompt(NEEDS_IMAGE, body)
+
+
+@pytest.mark.parametrize(
+    "previous", [{"previous_response_id": "resp_1"}, {"previous_input_messages": [{}]}]
+)
+def test_the_image_of_an_earlier_turn_may_be_what_is_asked_about(previous: Any) -> None:
+    image_checked({"input": "And what is left of it?", **previous})
+    with pytest.raises(SteeringError) as caught:
+        image_checked({"input": "And what is left of it?"})
+    assert caught.value.reason == "E_NO_IMAGE"
+
+
+def test_an_image_is_found_at_any_depth() -> None:
+    def deep(value: Any) -> Any:
+        for _ in range(5_000):
+            value = {"content": [value]}
+        return value
+
+    image_checked({"prompt": "x", "messages": [deep({"type": "image_url"})]})
+    image_checked({"input": deep({"input_image": 1})})
+    for value in (deep("image"), {"type": deep("image")}):
+        with pytest.raises(SteeringError) as caught:
+            image_checked({"prompt": "x", "messages": value})
+        assert caught.value.reason == "E_NO_IMAGE"
+
+
+class Handler:
+    """Calls the engine in the first step of what it returns, as vLLM's handler does."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    async def _generate_with_builtin_tools(
+        self, request_id: str, engine_input: Any, sampling_params: Any, context: Any
+    ) -> AsyncGenerator[Any, None]:
+        async for each in self.engine.generate(engine_input, sampling_params, request_id):
+            yield each, context
+
+
+async def test_a_rendered_prompt_is_judged_before_a_response_begins() -> None:
+    async def generate(prompt: Any, sampling_params: Any, request_id: str) -> Any:
+        yield request_id
+
+    processor = SimpleNamespace(renderer=SimpleNamespace(mm_processor_cache=None), tokenizer=None)
+    engine: Any = SimpleNamespace(generate=generate, input_processor=processor)
+    handler = Handler(engine)
+    check_rendered_prompts(engine, handler)
+    params = SimpleNamespace(extra_args={EXTRA_ARG: SteeringRequest(NEEDS_IMAGE, None)})
+    asked: dict[str, Any] = {
+        "request_id": "r",
+        "engine_input": {"type": "token", "prompt_token_ids": [1, 2]},
+        "context": "c",
+    }
+    with pytest.raises(SteeringError) as caught:
+        handler._generate_with_builtin_tools(sampling_params=params, **asked)
+    assert caught.value.reason == "E_NO_IMAGE"
+    plain = handler._generate_with_builtin_tools(
+        sampling_params=SimpleNamespace(extra_args=None), **asked
+    )
+    assert [each async for each in plain] == [("r", "c")]
 
 
 @pytest.mark.parametrize("item", [CALL, {"type": "item_reference", "id": "i"}, "text", 7])

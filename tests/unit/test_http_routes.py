@@ -111,6 +111,23 @@ async def test_a_steered_request_carries_its_program() -> None:
     assert response.headers["x-headway-fingerprint"] == steering["fingerprint"]
 
 
+async def test_what_the_endpoint_ignores_may_be_deep() -> None:
+    app = make_app()
+
+    async def create_completion(request: Any, raw_request: Any) -> Any:
+        request.to_sampling_params(4, {})
+        return VLLM_ERROR
+
+    app.state.openai_serving_completion = SimpleNamespace(create_completion=create_completion)
+    plain = json.dumps({"model": "base", "prompt": "hi", "steering": STEERED})
+    body = f'{plain[:-1]}, "messages": {"[" * 500}{"]" * 500}}}'
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == VLLM_ERROR.error.code, answer.text
+
+
 @pytest.mark.parametrize(("report", "stage"), [(None, "report"), (FAILED, "edit")])
 async def test_an_unconfirmed_answer_is_a_500(report: EngineReport | None, stage: str) -> None:
     response = await post(make_app(report=report), steering=STEERED)

@@ -10,7 +10,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from vllm.entrypoints.generate.api_router import register_generate_api_routers
+from vllm.entrypoints.generate.api_router import (
+    init_generate_state,
+    register_generate_api_routers,
+)
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import entry
@@ -23,6 +26,7 @@ from vllm.entrypoints.openai.completion.protocol import (
     CompletionStreamResponse,
 )
 from vllm.entrypoints.openai.models.api_router import attach_router as register_models
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.plugins.endpoint_plugins import interface
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
@@ -70,6 +74,18 @@ def test_the_stock_route_serves_through_the_handler(endpoint: Any) -> None:
         code = code.__wrapped__
     assert code.__code__.co_varnames[:2] == ("request", "raw_request")
     assert endpoint.create in code.__code__.co_names
+
+
+def test_a_response_is_generated_by_a_method_that_gets_the_prompt() -> None:
+    """By keyword, before the response has begun; `prompts.py` takes its place on the object."""
+    parameters = inspect.signature(OpenAIServingResponses._generate_with_builtin_tools).parameters
+    assert list(parameters)[:4] == ["self", "request_id", "engine_input", "sampling_params"]
+    source = inspect.getsource(OpenAIServingResponses._create_responses)
+    call = source.partition("self._generate_with_builtin_tools(")[2].partition(")\n")[0]
+    for name in ("request_id", "engine_input", "sampling_params"):
+        assert f"{name}=" in call
+    stated = inspect.getsource(init_generate_state)
+    assert "state.openai_serving_responses" in stated
 
 
 def test_the_chunks_that_may_be_last_are_known_by_their_text() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from headway.server.http import metrics
 from headway.server.http.streams import DONE, echo_in_chunks, echo_in_events, splice
 from headway.steering import Reason, SteeringError
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.unit
 
 ECHO = {"fingerprint": "f", "methods": []}
 FAILED = SteeringError(Reason.STEERING_FAILED, "steering failed at stage x: y (request 1)")
+ENDED = SteeringError(Reason.UNAVAILABLE, "the server is ending; send the request again")
 
 
 class FakeExchange:
@@ -26,6 +28,7 @@ class FakeExchange:
         self.failure = failure
         self.outcomes: list[str] = []
         self.usage: Any = None
+        self.error: SteeringError | None = None
 
     async def complete(self) -> Any:
         if isinstance(self.echo, SteeringError):
@@ -113,6 +116,25 @@ async def test_an_unconfirmed_stream_ends_in_an_error() -> None:
     assert (error["reason"], error["code"]) == ("E_STEERING_FAILED", 500)
     assert answer[2] == DONE
     assert exchange.outcomes == ["failed"]
+
+
+@pytest.mark.parametrize("error", [ENDED, FAILED], ids=["ended", "failed"])
+@pytest.mark.parametrize("events", [False, True], ids=["chunks", "events"])
+async def test_a_stream_that_the_end_of_the_server_cuts_off_is_no_failure(
+    error: SteeringError, events: bool
+) -> None:
+    refusals = metrics.REFUSED.labels(reason=str(error.reason))._value
+    before = refusals.get()
+    exchange = FakeExchange(echo=error)
+    if events:
+        source = echo_in_events(exchange, stream(completed()))  # type: ignore[arg-type]
+        answer = [item async for item in source]
+    else:
+        answer = await run(exchange, chunk("b", "stop"), DONE)
+    assert str(error.reason) in answer[0]
+    assert exchange.error is error
+    assert exchange.outcomes == ["failed" if error is FAILED else "error"]
+    assert refusals.get() == before + (error is ENDED)
 
 
 @pytest.mark.parametrize("failure", [None, FAILED])

@@ -277,7 +277,8 @@ async def test_a_preset_that_goes_while_others_are_listed_is_left_out(
     shown = await server.ok("GET", "presets")
     assert [preset["name"] for preset in shown["data"]] == ["staying"]
     await server.ok("PUT", "presets/going", json={"methods": methods})
-    assert server.resolve(methods=methods).fingerprint  # which looks at all presets
+    with pytest.raises(SteeringError, match="the presets are: staying"):
+        server.resolve(preset="unknown")  # which looks at all presets
 
 
 @pytest.mark.parametrize(
