@@ -293,7 +293,7 @@ async def test_fifty_clients_that_vanish(faulty: Server, texts: dict[str, str]) 
         wanted, told = index % 5, b""
         async with asked(faulty, kinds[index % 3]) as (reader, _):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(15 if wanted else 0.3):
+                async with asyncio.timeout(60 if wanted else 0.3):
                     while not wanted or tokens_in(told) < wanted:
                         told += await reader.read(1 << 16)
         return tokens_in(told)
@@ -316,7 +316,7 @@ async def test_a_client_that_does_not_read(faulty: Server, texts: dict[str, str]
         for name, neighbour in NEIGHBOURS.items():
             answer = await asyncio.to_thread(post, faulty, CHAT, neighbour)
             assert text_of(answer) == texts[name]
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 90
         running = "vllm:num_requests_running"
         assert await asyncio.to_thread(wait_for, lambda: total(faulty, running) == 0, 60)
     await asyncio.to_thread(check_healthy, faulty, texts)
