@@ -72,6 +72,17 @@ class EngineError(RuntimeError):
     """An engine process ended or answered nonsense."""
 
 
+def ask(process: subprocess.Popen[str], line: str) -> str:
+    """The line that a process answers to one on its stdin; empty if it has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return ""
+
+
 def end(process: subprocess.Popen[str]) -> None:
     """End a process that reads lines until its stdin is closed; by force after 20 seconds."""
     assert process.stdin is not None

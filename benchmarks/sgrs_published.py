@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from headway.benchmarks.engine import KEEP_MEMORY, EngineError, end
+from headway.benchmarks.engine import KEEP_MEMORY, EngineError, ask, end
 
 
 class Published:
@@ -103,14 +103,8 @@ class PublishedProcess:
         self, context: Sequence[int], candidate: int, layers: Sequence[int], prompt_len: int
     ) -> tuple[float, float]:
         """See `Published.timed`. Raises EngineError if the process has ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
         asked = list(context), candidate, list(layers), prompt_len
-        try:
-            self.process.stdin.write(json.dumps(asked) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        line = ask(self.process, json.dumps(asked))
         if not line:
             raise EngineError("the process of the published procedure ended")
         saliency, seconds = json.loads(line)

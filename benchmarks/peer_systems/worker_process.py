@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.benchmarks.engine import KEEP_MEMORY, end
+from headway.benchmarks.engine import KEEP_MEMORY, ask, end
 from headway.benchmarks.peer_systems.protocol import START, Answer, Peer, Request
 
 PACKAGE = Path(__file__).resolve().parent
@@ -61,13 +61,7 @@ class WorkerProcess:
         end(self.process)
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        line = ask(self.process, json.dumps(message))
         if not line:
             tail = self.log.read_text()[-3000:]
             raise PeerError(f"the process of {self.name} ended; the end of its log:\n{tail}")

@@ -73,8 +73,8 @@ def unsupported_attention(vllm_config: Any) -> str | None:
     if model.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"the attention kernel takes {known}, not {model.dtype}"
-    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
-        return f"the attention kernel does not read a KV cache of {cache.cache_dtype}"
+    if reason := _converted_cache(model, cache, "the attention kernel"):
+        return reason
     if not on_gpu and (reason := _unsupported_cpu_cache(model, cache)):
         return reason
     kind = _other_attention(model)
@@ -105,17 +105,27 @@ def uses_gpu_runner(vllm_config: Any) -> bool:
 def _unsupported_cpu_cache(model: Any, cache: Any) -> str | None:
     if cache.block_size % BLOCK_MULTIPLE:
         return f"the KV cache's block size must be a multiple of {BLOCK_MULTIPLE}"
-    block_size, head_size = cache.block_size, model.get_head_size()
-    layout = cache_layout(model.dtype, block_size, head_size)
-    if layout == "vec":
-        return None
-    reason = (
-        f"on this processor vLLM lays a {model.dtype} KV cache with heads of {head_size} out as "
-        f"`{layout}`, which the attention kernel does not read"
-    )
-    if cache_layout(torch.float32, block_size, head_size) == "vec":
+    reason = _packed_cache(model, cache, "the attention kernel")
+    if reason and cache_layout(torch.float32, cache.block_size, model.get_head_size()) == "vec":
         reason += "; --dtype float32 has the layout it reads"
     return reason
+
+
+def _converted_cache(model: Any, cache: Any, reader: str) -> str | None:
+    if cache.cache_dtype in ("auto", str(model.dtype).removeprefix("torch.")):
+        return None
+    return f"{reader} does not read a KV cache of {cache.cache_dtype}"
+
+
+def _packed_cache(model: Any, cache: Any, reader: str) -> str | None:
+    head_size = model.get_head_size()
+    layout = cache_layout(model.dtype, cache.block_size, head_size)
+    if layout == "vec":  # keys by dimension, values by position, neither packed
+        return None
+    return (
+        f"on this processor vLLM lays a {model.dtype} KV cache with heads of {head_size} out as "
+        f"`{layout}`, which {reader} does not read"
+    )
 
 
 RESIDUAL_EDITS = "residual_edits"
@@ -243,22 +253,11 @@ def unsupported_saliency(vllm_config: Any) -> tuple[Reason, str] | None:
         )
         return Reason.UNSUPPORTED, message
     cache = getattr(vllm_config, "cache_config", None)
-    if cache is not None and (reason := _unreadable_for_saliency(model, cache)):
-        return Reason.UNSUPPORTED, reason
-    return None
-
-
-def _unreadable_for_saliency(model: Any, cache: Any) -> str | None:
-    """The gate computes attention once more, from keys and values in the cache."""
-    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
-        return f"SGRS does not read a KV cache of {cache.cache_dtype}"
-    layout = cache_layout(model.dtype, cache.block_size, model.get_head_size())
-    if layout == "vec":  # keys by dimension, values by position, neither packed
+    if cache is None:
         return None
-    return (
-        f"on this processor vLLM lays a {model.dtype} KV cache with heads of "
-        f"{model.get_head_size()} out as `{layout}`, which SGRS does not read"
-    )
+    # The gate computes attention once more, from keys and values in the cache.
+    unread = _converted_cache(model, cache, "SGRS") or _packed_cache(model, cache, "SGRS")
+    return (Reason.UNSUPPORTED, unread) if unread else None
 
 
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
