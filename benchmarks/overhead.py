@@ -3,8 +3,9 @@
     headway bench overhead --quick
 
 Both engines live at the same time, each in its own process; in every round each load is served
-once, in random order, while the other engine waits. Ratios are taken within rounds, so that
-whatever slows the machine for longer than a round slows both sides. See README.md here.
+once, while the other engine waits: loads that are compared close together, else in random order.
+Ratios are taken within rounds, so that what slows the machine for longer slows both sides. See
+README.md here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from headway.benchmarks.environment import (
     interpreter_refusal,
 )
 from headway.benchmarks.options import chosen_model, new_parser, output_file, save
+from headway.benchmarks.rounds import compared_together, shuffled
 from headway.benchmarks.scenarios import (
     QUICK,
     Comparison,
@@ -39,13 +41,15 @@ from headway.benchmarks.scenarios import (
     available,
     needed_by,
     selected,
+    shortened,
+    sized,
 )
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
 NAME = "headway bench overhead"
 QUICK_ROUNDS = 4
 PROMPT_TOKENS = 350
-QUICK_PROMPT_TOKENS, QUICK_OUTPUT_TOKENS = 64, 32
+QUICK_PROMPT_TOKENS = 32
 """Short, so that a run is mostly decoding, where an edit per layer weighs most."""
 ROUNDS = 30
 MIN_PROMPTS_CACHED = 0.95
@@ -88,10 +92,9 @@ def main(argv: Sequence[str]) -> int:
             scenarios, comparisons = selected(scenarios, comparisons, args.only)
         elif args.quick:
             comparisons = tuple(each for each in comparisons if each.name in QUICK)
-            scenarios = needed_by(comparisons, scenarios)
-        most = QUICK_OUTPUT_TOKENS if args.quick else None
-        scenarios = sized(scenarios, args.dtype, prompt_tokens, not on_cuda, most)
-        verified, measurement = measure(scenarios, model, rounds, args.seed, on_cuda)
+            scenarios = shortened(needed_by(comparisons, scenarios))
+        scenarios = sized(scenarios, args.dtype, prompt_tokens, not on_cuda)
+        verified, measurement = measure(scenarios, comparisons, model, rounds, args.seed, on_cuda)
     except (EngineError, OSError, ValueError) as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 1
@@ -116,30 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sized(
-    scenarios: Sequence[Scenario],
-    dtype: str,
-    prompt_tokens: int,
-    enforce_eager: bool,
-    most_output_tokens: int | None = None,
-) -> tuple[Scenario, ...]:
-    """The scenarios in a dtype, eager or with CUDA graphs, with prompts of this length where they
-    say nothing of it, and at most so many output tokens a request.
-    """
-    return tuple(
-        replace(
-            scenario,
-            dtype=dtype,
-            enforce_eager=enforce_eager,
-            prompt_tokens=scenario.prompt_tokens or prompt_tokens,
-            output_tokens=min(scenario.output_tokens, most_output_tokens or scenario.output_tokens),
-        )
-        for scenario in scenarios
-    )
-
-
 def measure(
-    scenarios: Sequence[Scenario], model: Path, rounds: int, seed: int, on_cuda: bool = False
+    scenarios: Sequence[Scenario],
+    comparisons: Sequence[Comparison],
+    model: Path,
+    rounds: int,
+    seed: int,
+    on_cuda: bool = False,
 ) -> tuple[dict[str, Any], Measurement]:
     """Start the engines, warm each load up and run all of them `rounds` times.
 
@@ -166,9 +152,10 @@ def measure(
         for name, engine in engines.items():
             engine.run(name)  # the last warm-up, now that no other engine is starting
         watch = Watch(engines)
-        names = list(engines)
+        pairs = [(each.scenario, each.baseline) for each in comparisons]
+        groups = compared_together(list(engines), pairs)
         for _ in tqdm(range(rounds), desc="measuring", unit="round", leave=False):
-            for name in order.sample(names, len(names)):
+            for name in shuffled(groups, order):
                 measurement.runs[name].append(watch.run(name))
         measurement.idle_share, measurement.foreign_share = watch.shares()
     return verified, measurement

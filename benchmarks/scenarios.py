@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,9 @@ QUICK = (
     "VAR's edit / idle, context 512",
 )
 """The comparisons of a quick run: one of every kind of edit."""
+QUICK_OUTPUT_TOKENS = 16
+QUICK_PROMPTS = 4
+"""So many different ones at most, since the first run of a load has to compute them all."""
 
 
 def available(on_cuda: bool) -> tuple[tuple[Scenario, ...], tuple[Comparison, ...]]:
@@ -246,3 +249,36 @@ def needed_by(
     """The scenarios that some comparisons are between."""
     needed = {name for each in comparisons for name in (each.scenario, each.baseline)}
     return tuple(each for each in scenarios if each.name in needed)
+
+
+def sized(
+    scenarios: Sequence[Scenario],
+    dtype: str,
+    prompt_tokens: int,
+    enforce_eager: bool,
+) -> tuple[Scenario, ...]:
+    """The scenarios in a dtype, eager or with CUDA graphs, with prompts of this length where they
+    say nothing of it.
+    """
+    return tuple(
+        replace(
+            scenario,
+            dtype=dtype,
+            enforce_eager=enforce_eager,
+            prompt_tokens=scenario.prompt_tokens or prompt_tokens,
+        )
+        for scenario in scenarios
+    )
+
+
+def shortened(scenarios: Sequence[Scenario]) -> tuple[Scenario, ...]:
+    """The scenarios as a quick run has them: fewer output tokens, fewer different requests."""
+    return tuple(
+        replace(
+            scenario,
+            output_tokens=min(scenario.output_tokens, QUICK_OUTPUT_TOKENS),
+            num_prompts=min(scenario.num_prompts, QUICK_PROMPTS),
+            configurations=min(scenario.configurations, QUICK_PROMPTS),
+        )
+        for scenario in scenarios
+    )

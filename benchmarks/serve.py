@@ -3,10 +3,10 @@
     headway bench serve --quick
 
 Stock vLLM and Headway serve the same model at the same time; in every round each cell of the matrix
-is asked for once, in random order, while all other servers wait. Ratios are taken within rounds, so
-that whatever slows the machine for longer than a round slows both sides. What a run of a cell
-sends, and which times come from prompts that are in the prefix cache, is told in `serve_load.py`;
-the cells are in `serve_matrix.py`. See README.md here.
+is asked for once, while all other servers wait: cells that are compared close together, else in
+random order. Ratios are taken within rounds, so that what slows the machine for longer slows both
+sides. What a run of a cell sends, and which times come from prompts that are in the prefix cache,
+is told in `serve_load.py`; the cells are in `serve_matrix.py`. See README.md here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from headway.benchmarks.environment import (
 )
 from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.quality.client import EndpointError
+from headway.benchmarks.rounds import compared_together, shuffled
 from headway.benchmarks.serve_load import Load, Run, pictures, texts
 from headway.benchmarks.serve_matrix import (
     CPU_ONLY,
@@ -148,7 +149,7 @@ class Plan:
             try:
                 with serving(orders, self.flags(chosen, len(orders)), folder, self.on_cuda) as up:
                     loads = self.loads(chosen, up, geometries)
-                    measurement = measure(loads, up, rounds, self.seed)
+                    measurement = measure(loads, self.compared, up, rounds, self.seed)
             except LaunchError as error:
                 if measurement is None:
                     raise LaunchError(f"{error}; see {output.stem}-*.log") from None
@@ -188,19 +189,26 @@ class Plan:
 
 
 def measure(
-    loads: Sequence[Load], servers: Mapping[str, Server], rounds: int, seed: int
+    loads: Sequence[Load],
+    compared: Sequence[Comparison],
+    servers: Mapping[str, Server],
+    rounds: int,
+    seed: int,
 ) -> Measurement:
-    """Run every load once to warm it up, and then `rounds` times, in another order each time.
+    """Run every load once to warm it up, and then `rounds` times, in another order each time, those
+    that are compared close together.
 
     Raises EndpointError.
     """
     for load in tqdm(loads, desc="warming up", unit="cell", leave=False):
         load.run()
-    measurement = Measurement({load.cell: [] for load in loads})
+    by_cell = {load.cell: load for load in loads}
+    measurement = Measurement({cell: [] for cell in by_cell})
+    groups = compared_together(list(by_cell), [(each.cell, each.reference) for each in compared])
     order = random.Random(seed)
     for _ in tqdm(range(rounds), desc="measuring", unit="round", leave=False):
-        for load in order.sample(loads, len(loads)):
-            measurement.runs[load.cell].append(watched(load, servers.values()))
+        for cell in shuffled(groups, order):
+            measurement.runs[cell].append(watched(by_cell[cell], servers.values()))
             for server in servers.values():
                 server.rss_mib()  # for the peak
     for name, server in servers.items():

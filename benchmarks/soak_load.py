@@ -28,6 +28,9 @@ SMALL_BUFFER = 4096
 """Bytes that the system of a slow reader takes before the reader does."""
 PAUSED_LINES = 40
 """So many lines are read slowly."""
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+"""No connection is used twice: of one that waits, client and server both tire after 5 seconds, and
+a request that is sent at that moment is lost by nobody's fault."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,6 @@ class Driver:
         self._key = key
         self._seen = 0
         self._keep = random.Random(0)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         common: dict[str, Any] = {
             "base_url": url,
             "headers": dict(headers or {}),
@@ -87,10 +89,10 @@ class Driver:
         }
         small = [(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)]
         self.http = httpx.AsyncClient(
-            transport=transport or httpx.AsyncHTTPTransport(limits=limits), **common
+            transport=transport or httpx.AsyncHTTPTransport(limits=LIMITS), **common
         )
         self._slow = httpx.AsyncClient(
-            transport=transport or httpx.AsyncHTTPTransport(limits=limits, socket_options=small),
+            transport=transport or httpx.AsyncHTTPTransport(limits=LIMITS, socket_options=small),
             **common,
         )
 

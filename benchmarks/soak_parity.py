@@ -24,7 +24,7 @@ import httpx
 
 from headway.benchmarks.quality.client import EndpointError
 from headway.benchmarks.soak_asks import CHAT
-from headway.benchmarks.soak_load import TIMEOUT_SECONDS, Sample
+from headway.benchmarks.soak_load import LIMITS, TIMEOUT_SECONDS, Sample
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 """Of log probabilities, in nats. `tests/engine/test_invariance.py` holds 1e-4 in float32."""
@@ -106,8 +106,7 @@ async def compare_all(url: str, model: str, samples: Sequence[Sample], tolerance
     """
     parity = Parity()
     at_once = asyncio.Semaphore(AT_ONCE)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=LIMITS) as http:
 
         async def ask(sample: Sample) -> Tokens:
             body = {**sample.body, "model": model}

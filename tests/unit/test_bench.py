@@ -17,7 +17,7 @@ from headway.benchmarks import engine, environment, overhead, worker
 from headway.benchmarks import options as options_module
 from headway.benchmarks import scenarios as scenarios_module
 from headway.benchmarks.engine import EngineError
-from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario
+from headway.benchmarks.scenarios import COMPARISONS, SCENARIOS, STEERING, Scenario, sized
 from headway.benchmarks.statistics import Ratio, Verdict, paired_ratio, verdict
 from headway.steering import ModelGeometry, SteeringProgram, compile_spec, parse_spec
 from headway.steering.program import Feature
@@ -176,7 +176,7 @@ def test_every_comparison_is_of_scenarios_that_are_run() -> None:
 
 
 def test_two_engines_and_every_round_runs_each_load_once(engines: type[FakeEngine]) -> None:
-    _, measurement = overhead.measure(SCENARIOS, Path("m"), rounds=20, seed=1)
+    _, measurement = overhead.measure(SCENARIOS, COMPARISONS, Path("m"), rounds=20, seed=1)
     assert [engine.names for engine in engines.started] == [["stock"], [*SPEED][1:]]
     assert all(engine.closed for engine in engines.started)
     count = len(SPEED)
@@ -184,6 +184,9 @@ def test_two_engines_and_every_round_runs_each_load_once(engines: type[FakeEngin
     assert len(rounds) == 20
     assert all(sorted(names) == sorted(SPEED) for names in rounds)
     assert len(set(rounds)) > 1
+    for names in rounds:  # what is compared runs close together
+        at = names.index("SGRS, 8 requests"), names.index("idle, 8 requests")
+        assert abs(at[0] - at[1]) == 1
     assert measurement.tokens_per_second("stock") == pytest.approx([200.0] * 20)
 
 
@@ -305,7 +308,7 @@ def test_an_interpreter_that_is_switched_off_is_no_obstacle(
 
 
 def test_an_engine_takes_its_share_of_the_device_and_of_nothing_else() -> None:
-    stock, idle = SCENARIOS[0], overhead.sized(SCENARIOS, "bfloat16", 64, enforce_eager=False)
+    stock, idle = SCENARIOS[0], sized(SCENARIOS, "bfloat16", 64, enforce_eager=False)
     on_cpu, on_cuda = worker.options([stock], None), worker.options(idle, 0.45)
     assert "gpu_memory_utilization" not in on_cpu and on_cpu["enforce_eager"] is True
     assert on_cuda["gpu_memory_utilization"] == 0.45 and on_cuda["enforce_eager"] is False
@@ -383,7 +386,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., worker.Load]:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     for name in [name for name in sys.modules if name.startswith("headway.server")]:
         monkeypatch.delitem(sys.modules, name)
-    stock, *_ = overhead.sized(SCENARIOS[:1], "bfloat16", 64, enforce_eager=False)
+    stock, *_ = sized(SCENARIOS[:1], "bfloat16", 64, enforce_eager=False)
     return lambda tokens=64, mode="FULL": worker.Load(stock, FakeLlm(tokens, mode))
 
 
@@ -408,7 +411,7 @@ def test_cached_prompts_are_served_once_before_they_are_timed(
             return super().generate(prompts)
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=Params))
-    scenarios = overhead.sized(SCENARIOS, "float32", 64, enforce_eager=True)
+    scenarios = sized(SCENARIOS, "float32", 64, enforce_eager=True)
     (cached,) = [each for each in scenarios if each.name == "idle, context 512"]
     (idle,) = [each for each in scenarios if each.name == "idle"]
     assert worker.Load(cached, Llm(0, "NONE")).run()["tokens"] == 16 * 32
@@ -445,7 +448,8 @@ def test_some_of_the_comparisons() -> None:
 def test_a_quick_run_has_one_comparison_of_every_kind(engines: type[FakeEngine], tmp_path: Path):
     result = run(tmp_path / "quick.json", "--quick")
     assert [row["name"] for row in result["comparisons"]] == list(scenarios_module.QUICK)
-    assert all(row["output_tokens"] <= 32 for row in result["scenarios"])
+    for row in result["scenarios"]:
+        assert row["output_tokens"] <= 16 and max(row["num_prompts"], row["configurations"]) <= 4
     assert {row["name"] for row in result["scenarios"]} == {
         row[side] for row in result["comparisons"] for side in ("scenario", "baseline")
     }
