@@ -47,10 +47,11 @@ from headway.benchmarks.scenarios import (
 from headway.benchmarks.statistics import paired_ratio, spread, verdict
 
 NAME = "headway bench overhead"
-QUICK_ROUNDS = 4
-PROMPT_TOKENS = 350
-QUICK_PROMPT_TOKENS = 32
-"""Short, so that a run is mostly decoding, where an edit per layer weighs most."""
+QUICK_ROUNDS = 7
+PROMPT_TOKENS, QUICK_PROMPT_TOKENS = 64, 32
+"""Short, so that a run is mostly decoding, where an edit per layer weighs most, and takes seconds:
+the machine's speed changes as fast, and many rounds tell more than long ones.
+"""
 ROUNDS = 30
 MIN_PROMPTS_CACHED = 0.95
 """Share of the prompt tokens that a load with `cached` prompts must find in the prefix cache."""

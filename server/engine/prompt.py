@@ -3,11 +3,13 @@
 vLLM symbols relied on: `EngineCoreRequest.prompt_token_ids`, `prompt_embeds` and `mm_features`,
 whose items have `modality` and `mm_position` (`offset`, `length`, `is_embed`); before that,
 rendered inputs with `type`, `prompt_token_ids`, `mm_placeholders` and `mm_hashes`
-(`vllm.inputs.engine`); `InputProcessor.tokenizer` and `renderer.mm_processor_cache` (`invalidate`).
+(`vllm.inputs.engine`); `InputProcessor.tokenizer` and `renderer.mm_processor_cache` (`invalidate`);
+`CacheConfig.block_size` and `kv_cache_max_concurrency`, which the front end learns from the engine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +134,7 @@ def check_selection(
     """Raise SteeringError unless the heads that a program selects can be chosen by this prompt.
 
     E_PROMPT_TOO_LONG where it does not fit in one engine step, which may have to go on for all
-    other requests at the same time.
+    other requests at the same time, or not into the KV cache together with its text pass.
     """
     selection, param = program.head_selection, program.selection_param
     if selection is None:
@@ -162,6 +164,27 @@ def check_selection(
             f"{what}; to choose heads it must run in one engine step, of at most {limit} tokens "
             f"({because}); give the heads explicitly, or start the engine with a larger "
             "max_num_batched_tokens"
+        )
+        raise SteeringError(Reason.PROMPT_TOO_LONG, message, param)
+    if selection.reinforce_baseline:
+        _check_room_for_both(what, (facts.prompt_len, text), vllm_config, param)
+
+
+def _check_room_for_both(what: str, lengths: Range, vllm_config: Any, param: str) -> None:
+    """Raise SteeringError where two prompts of a step never fit into the KV cache together.
+
+    vLLM's front end knows its size as the number of requests of the greatest length.
+    """
+    cache = vllm_config.cache_config
+    if cache.kv_cache_max_concurrency is None:
+        return
+    longest = math.ceil(vllm_config.model_config.max_model_len / cache.block_size)
+    blocks = round(cache.kv_cache_max_concurrency * longest) - 1  # one is never given out
+    # As many as the scheduler asks for before it lets them in.
+    if sum(length // cache.block_size + 1 for length in lengths) > blocks:
+        message = (
+            f"{what}, and the KV cache, of {blocks * cache.block_size} tokens, must hold both at "
+            "once; give the heads explicitly, or start the engine with a larger KV cache"
         )
         raise SteeringError(Reason.PROMPT_TOO_LONG, message, param)
 

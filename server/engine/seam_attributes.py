@@ -51,6 +51,11 @@ ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.core.block_pool", "BlockPool", ("self.null_block", "self.num_gpu_blocks")),
     (
+        "vllm.v1.engine.core_client",
+        "MPClient._apply_ready_response",
+        ("cache_config.block_size = ", "cache_config.kv_cache_max_concurrency = "),
+    ),
+    (
         "vllm.v1.request",
         "Request",
         (

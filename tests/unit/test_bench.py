@@ -387,12 +387,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., worker.Load]:
     for name in [name for name in sys.modules if name.startswith("headway.server")]:
         monkeypatch.delitem(sys.modules, name)
     stock, *_ = sized(SCENARIOS[:1], "bfloat16", 64, enforce_eager=False)
-    return lambda tokens=64, mode="FULL": worker.Load(stock, FakeLlm(tokens, mode))
+    return lambda tokens=32, mode="FULL": worker.Load(stock, FakeLlm(tokens, mode))
 
 
 def test_a_run_says_how_much_of_the_prompts_was_cached(load: Callable[..., worker.Load]) -> None:
     result = load().run()
-    assert (result["tokens"], result["prompts_cached"]) == (16 * 64, 0.5)
+    assert (result["tokens"], result["prompts_cached"]) == (16 * 32, 0.5)
 
 
 def test_cached_prompts_are_served_once_before_they_are_timed(
@@ -414,17 +414,17 @@ def test_cached_prompts_are_served_once_before_they_are_timed(
     scenarios = sized(SCENARIOS, "float32", 64, enforce_eager=True)
     (cached,) = [each for each in scenarios if each.name == "idle, context 512"]
     (idle,) = [each for each in scenarios if each.name == "idle"]
-    assert worker.Load(cached, Llm(0, "NONE")).run()["tokens"] == 16 * 32
+    assert worker.Load(cached, Llm(0, "NONE")).run()["tokens"] == 16 * 16
     (first, one), (second, full) = asked
-    assert first == second and (one, full) == (1, 32)
+    assert first == second and (one, full) == (1, 16)
     asked.clear()
     worker.Load(idle, Llm(0, "NONE")).run()
-    assert [tokens for _, tokens in asked] == [64]
+    assert [tokens for _, tokens in asked] == [32]
 
 
 def test_an_output_that_ends_early_is_no_measurement(load: Callable[..., worker.Load]) -> None:
-    with pytest.raises(RuntimeError, match="only 1008 tokens"):
-        load(tokens=63).run()
+    with pytest.raises(RuntimeError, match="only 496 tokens"):
+        load(tokens=31).run()
 
 
 def test_an_engine_without_the_graphs_it_should_have_is_refused(
