@@ -17,9 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from headway.server.engine.slots import ResidualPart, SlotTables
 from headway.steering.head_words import HeadField, HeadWords
 
-MAX_SHIFTS = 4096
-"""Different vectors that running requests together may add to head outputs, on one worker."""
-
+SHIFT_SETS = 64
+"""So many requests of different profiles may run together that add a vector to every head."""
 
 MAX_CLUSTERS = 16
 """Most directions of a set, which is what a request adds to the residual stream at one place."""
@@ -35,7 +34,7 @@ def upload(target: torch.Tensor, values: np.ndarray) -> None:
 
 class GpuTables(SlotTables):
     """words: float32 [layers of this stage, capacity, local heads, len(HeadField)]; SHIFT_INDEX
-    points into `shifts`, float32 [MAX_SHIFTS, head_size].
+    points into `shifts`, float32 [max_shifts, head_size]; max_shifts follows from SHIFT_SETS.
 
     edits: uint8, as words without the last dimension: where a word edits attention.
     tags: uint8 [max_num_seqs, max_len].
@@ -49,15 +48,15 @@ class GpuTables(SlotTables):
     max_clusters = MAX_CLUSTERS
 
     def __init__(self, *args: Any, residual: bool = True, **options: Any) -> None:
-        # One set that nothing uses keeps the tables valid where no request may edit the stream.
-        self.max_vectors = MAX_VECTORS if residual else 1
+        self._residual = residual
         super().__init__(*args, **options)
 
     def _allocate(self, device: str | torch.device) -> None:
         shape = len(self.layers), self.capacity, self.local_heads
         self.head_words = torch.zeros(*shape, len(HeadField), device=device)
         self.edits = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.shifts = torch.zeros(MAX_SHIFTS, self.geometry.head_size, device=device)
+        self.max_shifts = min(self.max_num_seqs, SHIFT_SETS) * shape[0] * shape[2]
+        self.shifts = torch.zeros(self.max_shifts, self.geometry.head_size, device=device)
         self.position_tags = torch.zeros(
             self.max_num_seqs, self.max_len, dtype=torch.uint8, device=device
         )
@@ -66,14 +65,15 @@ class GpuTables(SlotTables):
         self.strengths = torch.zeros(points, device=device)
         self.forms = torch.zeros(points, dtype=torch.int32, device=device)
         set_bytes = 2 * 4 * MAX_CLUSTERS * self.geometry.hidden_size
-        self.max_vectors = min(self.max_vectors, VECTOR_BYTES // set_bytes)
+        # One set that nothing uses keeps the tables valid where no request may edit the stream.
+        self.max_vectors = min(MAX_VECTORS, VECTOR_BYTES // set_bytes) if self._residual else 1
         vectors = self.max_vectors, MAX_CLUSTERS, self.geometry.hidden_size
         self.probe_weights = torch.zeros(vectors, device=device)
         self.directions = torch.zeros(vectors, device=device)
         self.probe_bias = torch.full(vectors[:2], -torch.inf, device=device)
         self._vectors: dict[tuple[str, int | None], int] = {}
         self._users: list[set[int]] = [set() for _ in range(self.max_vectors)]
-        self._free_shifts = list(range(MAX_SHIFTS - 1, -1, -1))
+        self._free_shifts = list(range(self.max_shifts - 1, -1, -1))
         # By content: requests of a profile share its rows.
         self._shift_rows: dict[bytes, int] = {}
         self._shift_users: Counter[bytes] = Counter()
@@ -116,7 +116,7 @@ class GpuTables(SlotTables):
         new = dict(zip(contents, wanted.tolist(), strict=True))
         new = {content: index for content, index in new.items() if content not in self._shift_rows}
         if len(new) > len(self._free_shifts):
-            raise RuntimeError(f"the shifts of running requests exceed {MAX_SHIFTS}")
+            raise RuntimeError(f"the shifts of running requests exceed {self.max_shifts}")
         for content, index in new.items():
             self._shift_rows[content] = row = self._free_shifts.pop()
             upload(self.shifts[row], words.shifts[index])

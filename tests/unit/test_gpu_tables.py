@@ -52,12 +52,31 @@ def test_words_and_shifts_of_several_slots_stay_apart(rank, world):
         assert (tables.edits[:, slot].numpy() == edits).all()
 
 
+def shift_everywhere(seed: int) -> HeadWords:
+    """Words that shift every head, each otherwise."""
+    shape = GEOMETRY.num_layers, GEOMETRY.num_heads, GEOMETRY.head_size
+    words = HeadWords.identity(GEOMETRY)
+    shift = np.random.default_rng(seed).standard_normal(shape)
+    words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift.astype(np.float32))
+    return HeadWords(words.table, shifts)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_there_is_room_for_a_profile_of_each_request(rank, world):
+    tables = GpuTables(GEOMETRY, 3, 16, layers=range(1, 4), rank=rank, world_size=world)
+    held = {tables.acquire(words): words for words in map(shift_everywhere, range(3))}
+    for slot, words in held.items():
+        assert (dense(tables, slot) == words.dense_shift()[1:4, tables.heads]).all()
+
+
 def test_more_shifts_than_there_is_room_for_are_refused(monkeypatch):
-    monkeypatch.setattr(gpu_tables, "MAX_SHIFTS", 3)
+    monkeypatch.setattr(gpu_tables, "SHIFT_SETS", 2)
     tables = GpuTables(GEOMETRY, 4, 16)
-    with pytest.raises(RuntimeError, match="shifts of running requests exceed 3"):
-        tables.acquire(shifted_words(0))
-    assert tables.num_used == 0 and len(tables._free_shifts) == 3
+    for seed in range(2):
+        tables.acquire(shift_everywhere(seed))
+    with pytest.raises(RuntimeError, match="shifts of running requests exceed 32"):
+        tables.acquire(shift_everywhere(2))
+    assert tables.num_used == 2 and not tables._free_shifts
 
 
 def test_shifts_are_given_back_with_their_slot():
@@ -71,12 +90,9 @@ def test_shifts_are_given_back_with_their_slot():
 
 
 def test_requests_of_a_profile_share_its_shifts():
-    words = HeadWords.identity(GEOMETRY)
-    shift = np.random.default_rng(0).standard_normal((4, 4, GEOMETRY.head_size))
-    words.table[..., HeadField.SHIFT_INDEX], shifts = index_shifts(shift.astype(np.float32))
-    words = HeadWords(words.table, shifts)
+    words = shift_everywhere(0)
     tables = GpuTables(GEOMETRY, 256, 16)
-    slots = [tables.acquire(words) for _ in range(gpu_tables.MAX_SHIFTS // 16 + 1)]
+    slots = [tables.acquire(words) for _ in range(gpu_tables.SHIFT_SETS + 1)]
     assert all((dense(tables, slot) == words.dense_shift()).all() for slot in slots)
     for slot in slots[1:]:
         tables.release(slot)
@@ -84,7 +100,7 @@ def test_requests_of_a_profile_share_its_shifts():
     assert (dense(tables, slots[0]) == words.dense_shift()).all()
     for slot in (slots[0], *others):
         tables.release(slot)
-    assert sorted(tables._free_shifts) == list(range(gpu_tables.MAX_SHIFTS))
+    assert sorted(tables._free_shifts) == list(range(tables.max_shifts))
 
 
 def test_an_engine_that_refuses_residual_edits_has_no_memory_for_them():
