@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,32 +17,18 @@ import torch
 from headway.server.engine.artifact_shelf import RESIDENT, ArtifactShelf
 from headway.server.engine.head_choice import Choice, TextRows
 from headway.server.engine.kept_reports import KeptReports
-from headway.server.engine.probe_readings import ProbeReadings, ProbeRow
-from headway.server.engine.readings import RequestReadings
 from headway.server.engine.report import EngineReport
-from headway.server.engine.saliency_tape import SaliencyRow, SaliencyTape
+from headway.server.engine.request_rows import RequestRows, Rows
+from headway.server.engine.saliency_tape import SaliencyTape
 from headway.server.engine.sampling_gate import Gates
 from headway.server.engine.sinks import SinkRows
 from headway.server.engine.statistics import StepSeconds
 from headway.server.engine.steered_request import SteeredRequest
 from headway.server.engine.step_plan import Planner, Scheduled, Span, StepPlan
 from headway.steering import ModelGeometry
-from headway.steering.positions import Run, scope_ranges
-from headway.steering.program import Readout
 from headway.steering.vectors import given_artifacts
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one steered request in a step, and the position of the first of them."""
-
-    request_id: str
-    index: int
-    start: int
-    count: int
-    position: int
 
 
 class SteeringState:
@@ -59,6 +44,7 @@ class SteeringState:
         self.texts: dict[str, TextRows] = {}
         self.gates = Gates()
         self.reports = KeptReports(planner, self.gates)
+        self.rows = RequestRows(geometry, planner, self.reports)
         self.tape: SaliencyTape | None = None
         self.no_saliency = ""
         self.step_seconds = StepSeconds()
@@ -97,7 +83,7 @@ class SteeringState:
         for request_id in request_ids:
             request = self.requests.pop(request_id, None)
             if request is not None:
-                self._release(request)
+                self.rows.release(request)
                 self.gates.remove(request_id)
                 if request.is_text_pass:
                     self.reports.pop(request.report_id, None)
@@ -108,7 +94,7 @@ class SteeringState:
         """Requests that leave the batch and will be added again, for runners that do so."""
         for request_id in request_ids:
             if request_id in self.requests:
-                self._release(self.requests[request_id])
+                self.rows.release(self.requests[request_id])
                 self._preempted.add(request_id)
 
     @property
@@ -143,19 +129,20 @@ class SteeringState:
             count = int(num_scheduled_tokens[index])
             if request_id in self.requests:
                 position = int(num_computed_tokens[index])
-                scheduled.append(_Rows(request_id, index, start, count, position))
+                scheduled.append(Rows(request_id, index, start, count, position))
             start += count
         for request_id in self.requests.keys() - {each.request_id for each in scheduled}:
-            self._release(self.requests[request_id])
+            self.rows.release(self.requests[request_id])
         step = Scheduled(len(request_ids), start, rotary_positions=rotary_positions)
         for each in scheduled:
             report = self.reports.of(self.requests[each.request_id].report_id)
             report.positions_computed += each.count
             with self.guard("slot", [each.request_id]):
                 if each.request_id not in self._failed:
-                    self._plan_request(each, step)
+                    request = self.requests[each.request_id]
+                    self.rows.plan(request, each, step)
                     if samples is not None and samples[each.index]:
-                        self._plan_saliency(each, step)
+                        self.rows.plan_saliency(request, each, step)
         self._join_text_passes(step)
         if step.is_empty:
             return None
@@ -222,90 +209,6 @@ class SteeringState:
             for request_id in list(self.requests if request_ids is None else request_ids):
                 self._fail(request_id, stage, error)
 
-    def _plan_request(self, each: _Rows, step: Scheduled) -> None:
-        """Add the spans and sink rows of one request to a step; all of them or, raising, none."""
-        request = self.requests[each.request_id]
-        facts, stop = request.facts, each.position + each.count
-        own = each.request_id, each.start, each.position, each.count
-        capture, choice = request.capture(*own), request.choice(*own, self.tables.layers)
-        pieces = [run for run in request.runs(each.position, stop) if run.active]
-        spans, readings, mass_rows = [], [], step.mass_rows
-        for run in pieces:
-            slot = self._slot(request, run)
-            reads = request.reads and bool(self.tables.attends[slot].any())
-            span = Span(
-                each.request_id,
-                slot,
-                each.start + run.start - each.position,
-                each.start + run.stop - each.position,
-                each.index,
-                each.count,
-                facts.prompt_len,
-                self._tag_row(request),
-                mass_rows if reads else -1,
-            )
-            spans.append(span)
-            if reads:
-                mass_rows += run.stop - run.start
-                outputs_from = max(facts.prompt_len - run.start, 0)
-                kept = self._readings(request)
-                self.planner.reserve(kept)
-                kept.outputs += max(run.stop - run.start - outputs_from, 0)
-                readings.append((span, kept, outputs_from))
-        if request.sink_layers is not None and each.position < facts.prompt_len:
-            rows = min(stop, facts.prompt_len) - each.position
-            rule = request.program.sink_rule
-            assert rule is not None
-            step.sink_rows.append(
-                SinkRows(each.request_id, rule, each.start, each.start + rows, request.sink_layers)
-            )
-        if choice is not None:
-            choice.slots += sorted({span.slot for span in spans})
-            step.choices.append(choice)
-        if capture is not None:
-            step.captures.append(capture)
-        if request.reads_probes:
-            step.probe_rows += self._probe_rows(request, each, spans)
-        step.spans += spans
-        step.positions += [run.start for run in pieces]
-        step.readings += readings
-        step.mass_rows = mass_rows
-
-    def _probe_rows(
-        self, request: SteeredRequest, each: _Rows, spans: Sequence[Span]
-    ) -> Iterator[ProbeRow]:
-        """The row of the last prompt position, if it is one of these; of the first sequence."""
-        row = each.start + request.facts.prompt_len - 1 - each.position
-        for span in spans:
-            if span.start <= row < span.stop:
-                made = ProbeReadings(each.request_id)
-                kept = self.reports.probes.setdefault(request.report_id, made)
-                if kept.request_id == each.request_id:
-                    yield ProbeRow(each.request_id, row, span.slot, kept)
-
-    def _plan_saliency(self, each: _Rows, step: Scheduled) -> None:
-        """Ask for the saliencies of the candidates for a request's next token, if it needs them."""
-        request = self.requests[each.request_id]
-        rule, facts = request.program.saliency, request.facts
-        if rule is None:
-            return
-        row, position = each.start + each.count - 1, each.position + each.count - 1
-        spans = [span for span in step.spans if span.request_id == each.request_id]
-        slot = next((span.slot for span in spans if span.start <= row < span.stop), -1)
-        step.saliency_rows.append(
-            SaliencyRow(
-                each.request_id,
-                row,
-                each.index,
-                position,
-                facts.prompt_len,
-                slot,
-                -1 if request.tag_row is None else request.tag_row,
-                rule.layers,
-                scope_ranges(rule.history, facts),
-            )
-        )
-
     def take_tape(self) -> SaliencyTape | None:
         """What the step left behind for the saliencies of its rows, once."""
         tape, self.tape = self.tape, None
@@ -329,40 +232,6 @@ class SteeringState:
         request = self.requests[choice.request_id]
         with self.guard("edit", [choice.request_id]):
             request.chosen = self.reports.chosen[request.report_id] = choice.result()
-
-    def _slot(self, request: SteeredRequest, run: Run) -> int:
-        if run.active not in request.slots:
-            words, parts = request.edits(run.active, self.geometry, self.tables.heads)
-            slot = self.tables.acquire(words, parts, request.unchosen_layers)
-            request.take_slot(run.active, slot)
-            self.planner.changed()
-        return request.slots[run.active]
-
-    def _tag_row(self, request: SteeredRequest) -> int:
-        if not request.has_tags:
-            return -1
-        if request.tag_row is None:
-            request.tag_row = self.tables.acquire_tags(request.facts)
-            self.planner.changed()
-        return request.tag_row
-
-    def _readings(self, request: SteeredRequest) -> RequestReadings:
-        wants = Readout.CLASS_MASSES in request.program.readouts
-        return self.reports.readings.setdefault(request.report_id, RequestReadings(wants))
-
-    def _release(self, request: SteeredRequest) -> None:
-        if not request.slots and request.tag_row is None:
-            return
-        for slot in request.slots.values():
-            self.tables.release(slot)
-        request.slots.clear()
-        request.scopes_of.clear()
-        if request.tag_row is not None:
-            self.tables.release_tags(request.tag_row)
-            request.tag_row = None
-        if request.reads and request.report_id in self.reports.readings:
-            self.planner.release(self.reports.readings[request.report_id])
-        self.planner.changed()
 
     def _fail(self, request_id: str, stage: str, error: Exception) -> None:
         report = self.reports.of(self.requests[request_id].report_id)
