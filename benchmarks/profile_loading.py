@@ -236,7 +236,7 @@ def report(measurement: Measurement) -> dict[str, Any]:
     ):
         found = bootstrap_median(values)
         row = {"name": name, "unit": unit, "bar": bar, "at_most": True, **asdict(found)}
-        says = None if bar is None else str(verdict(found, bar, True, max_half_width=np.inf))
+        says = None if bar is None else str(verdict(found, bar, True))
         if unit == "steps":  # that others are never held up longer is no matter of the median
             says = str(Verdict.HOLDS if max(values) <= STALL_BAR else Verdict.FAILS)
         rows.append({**row, "largest": max(values), "verdict": says})

@@ -153,13 +153,13 @@ STEERING: dict[str, Callable[[ModelGeometry, int], Steering]] = {
 }
 """Name -> the `steering` object, or the program, of configuration `index`, for a model."""
 
-# So few prompts that the cache holds those of all loads: computing one again would take longer than
+# A prompt for each request: in the cache VAR's edit shares none, and must not be compared with idle
+# requests that do. The cache holds those of all loads: computing one again would take longer than
 # what is timed.
 SHORT: dict[str, Any] = {
     "headway": True,
     "prompt_tokens": 513,
     "output_tokens": 16,
-    "num_prompts": 4,
     "cached": True,
 }
 LONG: dict[str, Any] = SHORT | {

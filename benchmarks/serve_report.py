@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from headway.benchmarks.engine import server_settings
-from headway.benchmarks.environment import MAX_FOREIGN_SHARE, cpu_warnings, environment
+from headway.benchmarks.environment import cpu_warnings, environment, too_busy
 from headway.benchmarks.report_parts import METRICS
 from headway.benchmarks.serve_load import Run
 from headway.benchmarks.serve_matrix import (
@@ -19,12 +19,10 @@ from headway.benchmarks.serve_matrix import (
     Comparison,
     cells,
 )
-from headway.benchmarks.statistics import paired_ratio, spread, verdict
+from headway.benchmarks.statistics import paired_ratio, verdict
 
 TIMES = ("ttft", "tpot", "itl", "e2e", "cold_e2e")
 PERCENTILES = (50, 90, 99)
-MAX_SPREAD = 0.10
-"""Coefficient of variation over rounds, of either side, from which on a ratio gets no verdict."""
 MIN_CACHED = 0.95
 """Share of the prompts that what is timed as decoding must find in the prefix cache."""
 Runs = Mapping[Cell, Sequence[Run]]
@@ -120,15 +118,10 @@ def compare(comparison: Comparison, runs: Runs, on_cuda: bool = False) -> dict[s
     values = by_round(comparison.metric, cell)
     baseline = by_round(comparison.metric, reference)
     ratio = paired_ratio(values, baseline)
-    found = None
-    if comparison.bar is not None:
-        found = str(verdict(ratio, comparison.bar))
     foreign = 0.0 if on_cuda else max(mean(each, SHARES[0]) for each in (cell, reference))
-    varied = max(spread(values), spread(baseline))
-    if foreign > MAX_FOREIGN_SHARE:
-        found = f"too noisy, other processes used {foreign:.0%} of a core"
-    elif varied > MAX_SPREAD:
-        found = f"too noisy, rounds differ by {varied:.0%}"
+    found = too_busy(foreign)
+    if found is None and comparison.bar is not None:
+        found = str(verdict(ratio, comparison.bar))
     return {
         **comparison.facts(),
         "ratio": ratio.value,

@@ -260,7 +260,7 @@ def compare(bar: Bar, measurement: Measurement) -> dict[str, Any]:
     ratio = paired_ratio(measurement.per_token(bar.arm), measurement.per_token(bar.baseline))
     found = None
     if bar.bar is not None:
-        found = str(verdict(ratio, bar.bar, bar.at_most, max_half_width=math.inf))
+        found = str(verdict(ratio, bar.bar, bar.at_most))
     return {**asdict(bar), **asdict(ratio), "verdict": found}
 
 

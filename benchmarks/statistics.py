@@ -9,8 +9,6 @@ from enum import StrEnum
 import numpy as np
 from scipy.special import stdtrit
 
-MAX_HALF_WIDTH = 0.02
-"""An interval wider than +- this supports no verdict."""
 RESAMPLES = 9999
 MIN_RESAMPLED = 6
 """Of fewer values a bootstrap gives no interval: it would be far too narrow."""
@@ -22,7 +20,6 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     FAILS = "fails"
     UNKNOWN = "too noisy to tell"
-    WIDE = "no verdict, interval wider than 0.04"
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,10 @@ def _logs(values: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
     return np.log(np.asarray(values, float) / np.asarray(baseline, float))
 
 
-def verdict(
-    ratio: Ratio, bar: float, at_most: bool = False, max_half_width: float = MAX_HALF_WIDTH
-) -> Verdict:
-    """Whether the whole interval lies on one side of the bar, if it is narrow enough to say.
-
-    bar: the least that the ratio may be, or the most. max_half_width: what is narrow enough;
-    infinite where the bar is so far from 1 that the side alone matters.
+def verdict(ratio: Ratio, bar: float, at_most: bool = False) -> Verdict:
+    """Whether the whole interval lies on one side of the bar, the least that the ratio may be, or
+    the most. Without an interval it is not known.
     """
-    if not (ratio.high - ratio.low) / 2 <= max_half_width:  # also true of NaN
-        return Verdict.WIDE
     holds, fails = ratio.low >= bar, ratio.high < bar
     if at_most:
         holds, fails = ratio.high <= bar, ratio.low > bar

@@ -72,6 +72,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "started", [])
     monkeypatch.setattr(FakeEngine, "runs", [])
     monkeypatch.setattr(overhead, "Engine", FakeEngine)
+    monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.0, 0.0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return FakeEngine
@@ -142,9 +143,9 @@ def test_an_interval_needs_two_paired_rounds(counts: tuple[int, int]) -> None:
         (0.97, 0.989, Verdict.FAILS),
         (0.98, 1.0, Verdict.UNKNOWN),
         (0.97, 0.99, Verdict.UNKNOWN),
-        (0.99, 1.04, Verdict.WIDE),
-        (0.90, 0.95, Verdict.WIDE),
-        (float("nan"), float("nan"), Verdict.WIDE),
+        (0.99, 1.40, Verdict.HOLDS),
+        (0.50, 0.98, Verdict.FAILS),
+        (float("nan"), float("nan"), Verdict.UNKNOWN),
     ],
 )
 def test_verdicts(low: float, high: float, expected: Verdict) -> None:
@@ -207,6 +208,15 @@ def test_the_report_and_its_table(
     assert report["comparisons"][0]["ratio"] == pytest.approx(199 / 200)
     printed = capsys.readouterr().out
     assert "stock" in printed and "0.995" in printed and "fails" in printed
+
+
+def test_a_busy_machine_gets_no_verdict(
+    engines: type[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead.Watch, "shares", lambda watch: (0.0, 0.5))
+    report = run(tmp_path / "report.json", "--model", str(tmp_path))
+    found = {row["verdict"] for row in report["comparisons"]}
+    assert found == {"too noisy, other processes used 50% of a core"}
 
 
 def test_an_engine_that_ends_is_an_error(

@@ -220,7 +220,7 @@ def test_the_median_of_ratios_of_neighbours() -> None:
         (1.34, 1.36, Verdict.UNKNOWN),
         (1.35, 1.37, Verdict.UNKNOWN),
         (1.36, 1.38, Verdict.FAILS),
-        (1.10, 1.20, Verdict.WIDE),
+        (1.10, 1.20, Verdict.HOLDS),
     ],
 )
 def test_verdicts_on_what_may_not_be_more(low: float, high: float, expected: Verdict) -> None:

@@ -72,8 +72,11 @@ def test_a_busy_machine_gets_no_verdict() -> None:
     runs = {BASE.reference: quiet, BASE.cell: [made(100.0), made(100.0, foreign_share=0.5)]}
     assert "other processes used 25% of a core" in compare(BASE, runs)["verdict"]
     assert compare(BASE, runs, on_cuda=True)["verdict"] == "holds"
-    runs = {BASE.reference: [made(60.0), made(140.0)], BASE.cell: [made(60.0), made(140.0)]}
-    assert "rounds differ by 57%" in compare(BASE, runs)["verdict"]
+    # What slows both sides of a round is no noise, what slows one of them is.
+    drift = {BASE.reference: [made(60.0), made(140.0)], BASE.cell: [made(60.0), made(140.0)]}
+    assert compare(BASE, drift)["verdict"] == "holds"
+    noise = {BASE.reference: [made(60.0), made(140.0)], BASE.cell: [made(140.0), made(60.0)]}
+    assert compare(BASE, noise)["verdict"] == "too noisy to tell"
 
 
 def test_a_cold_end_to_end_has_the_prompt_of_one_burst_and_the_tokens_of_the_other() -> None:

@@ -60,8 +60,7 @@ def test_only_the_side_of_the_bar_counts(
     low: float, high: float, bar: float, at_most: bool, expected: Verdict
 ) -> None:
     ratio = Ratio((low + high) / 2, low, high, 6)
-    assert verdict(ratio, bar, at_most, max_half_width=float("inf")) == expected
-    assert verdict(ratio, bar, at_most) == Verdict.WIDE
+    assert verdict(ratio, bar, at_most) == expected
 
 
 def test_the_published_procedure_costs_an_evaluation_for_every_draw() -> None:
