@@ -10,7 +10,7 @@ rendered inputs with `type`, `prompt_token_ids`, `mm_placeholders` and `mm_hashe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,13 +180,17 @@ def _check_room_for_both(what: str, lengths: Range, vllm_config: Any, param: str
         return
     longest = math.ceil(vllm_config.model_config.max_model_len / cache.block_size)
     blocks = round(cache.kv_cache_max_concurrency * longest) - 1  # one is never given out
-    # As many as the scheduler asks for before it lets them in.
-    if sum(length // cache.block_size + 1 for length in lengths) > blocks:
+    if blocks_for(lengths, cache.block_size) > blocks:
         message = (
             f"{what}, and the KV cache, of {blocks * cache.block_size} tokens, must hold both at "
             "once; give the heads explicitly, or start the engine with a larger KV cache"
         )
         raise SteeringError(Reason.PROMPT_TOO_LONG, message, param)
+
+
+def blocks_for(lengths: Iterable[int], block_size: int) -> int:
+    """Blocks of the KV cache that must be free before prompts of these lengths are let in."""
+    return sum(length // block_size + 1 for length in lengths)
 
 
 def image_tokens(place: Any) -> Iterator[Range]:

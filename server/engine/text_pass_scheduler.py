@@ -24,6 +24,7 @@ from typing import Any
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.request import Request, RequestStatus
 
+from headway.server.engine.prompt import blocks_for
 from headway.server.engine.text_passes import (
     PREFIX,
     TextPasses,
@@ -107,7 +108,7 @@ class RunsTextPasses:
     def _blocks_for(self: Any, pair: tuple[Request, ...]) -> int:
         """Blocks that must be free for both to be let in."""
         manager = self.kv_cache_manager
-        each_group = sum(request.num_tokens // self.block_size + 1 for request in pair)
+        each_group = blocks_for((request.num_tokens for request in pair), self.block_size)
         blocks = len(manager.kv_cache_config.kv_cache_groups) * each_group
         return int(blocks + manager.watermark_blocks)
 
